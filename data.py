@@ -1,0 +1,228 @@
+"""Where images come from, and the batches made of them.
+
+A data set is held in memory as bytes, 3 kB an image of 32x32. Batches are cropped, flipped and normalised on
+the device that trains: many times faster than one image at a time, with the same distribution.
+"""
+
+import hashlib
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import Failure, derive_seed
+
+PADDING = 4  # pixels on each side, black, before a random crop
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, size, size, 3), uint8 RGB; labels (N,), int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set. `contents` identifies the files of a folder, and is empty for a data set with a name.
+
+    `mirror` says that a mirrored image still shows its class, which is so for objects and not for digits.
+    """
+
+    name: str
+    contents: str
+    classes: list[str]
+    train: Split
+    test: Split
+    mirror: bool = True
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Of each colour over all pixels of the training images, (3,) float32, in units of the brightest."""
+        # From exact counts of the 256 values: no rounding, and no copy of the images in floats.
+        counts = torch.stack([torch.bincount(self.train.images[..., c].flatten(), minlength=256) for c in range(3)])
+        share = counts.double() / counts.sum(1, keepdim=True)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = share @ values
+        variance = share @ values.square() - mean.square()
+        # A colour that never changes carries no information: one step of grey keeps it from dividing by zero.
+        return mean.float(), variance.clamp(min=255.0**-2).sqrt().float()
+
+
+def load(name: str, data_dir: Path, image_size: int) -> Dataset:
+    """`cifar10`, `cifar100`, `digits`, or the path of a folder with train/<class>/ and test/<class>/ images.
+
+    Failure when it cannot be had, with what the user can do about it.
+    """
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, data_dir, image_size)
+    if name == "digits":
+        return _digits(image_size)
+    return _folder(Path(name), image_size)
+
+
+def _cifar(name: str, data_dir: Path, image_size: int) -> Dataset:
+    from torchvision import datasets
+
+    kind, archive = {
+        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz"),
+    }[name]
+    existed = data_dir.exists()
+    socket.setdefaulttimeout(30)  # seconds: a network that swallows packets would otherwise hang the program
+    try:
+        train, test = (kind(str(data_dir), train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        if not existed and data_dir.exists() and not any(data_dir.iterdir()):
+            data_dir.rmdir()
+        raise Failure(
+            f"{name} is not in {data_dir} and cannot be downloaded ({getattr(error, 'reason', error)}): put {archive} "
+            f"into {data_dir}, or use --dataset FOLDER (with train/ and test/), or --dataset digits"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(None)
+
+    def split(source: "datasets.CIFAR10") -> Split:
+        images = source.data
+        if image_size != images.shape[1]:
+            images = np.stack([_pixels(Image.fromarray(image), image_size) for image in images])
+        return Split(torch.from_numpy(images), torch.tensor(source.targets))
+
+    return Dataset(name, "", train.classes, split(train), split(test))
+
+
+def _digits(image_size: int) -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([_pixels(Image.fromarray(image), image_size) for image in grey])
+    # scikit-learn has no split of its own; this one is always the same: 1,437 and 360 images, classes in proportion.
+    parts = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    train_images, test_images, train_labels, test_labels = (torch.from_numpy(part) for part in parts)
+    return Dataset(
+        "digits",
+        "",
+        [str(digit) for digit in digits.target_names],
+        Split(train_images, train_labels.long()),
+        Split(test_images, test_labels.long()),
+        mirror=False,
+    )
+
+
+def _folder(folder: Path, image_size: int) -> Dataset:
+    from torchvision.datasets import ImageFolder
+
+    if not folder.is_dir():
+        raise Failure(f"--dataset {folder} is neither cifar10, cifar100 or digits nor a folder")
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise Failure(f"{folder} has no folder {part}/: it needs train/<class>/ and test/<class>/ with images")
+    try:
+        train, test = ImageFolder(folder / "train"), ImageFolder(folder / "test")
+    except OSError as error:
+        raise Failure(f"{folder} is not a folder of images: {error}") from None
+    if train.classes != test.classes:
+        alone = sorted(set(train.classes) ^ set(test.classes))
+        raise Failure(f"{folder} has classes in only one of train/ and test/: {', '.join(alone[:5])}")
+    if len(train.classes) < 2:
+        raise Failure(f"{folder} has one class only, {train.classes[0]}: there is nothing to tell apart")
+    sha = hashlib.sha256()
+    for path, _ in train.samples + test.samples:
+        sha.update(f"{Path(path).relative_to(folder).as_posix()} {Path(path).stat().st_size}\n".encode())
+    splits = (
+        Split(_read([path for path, _ in part.samples], image_size), torch.tensor(part.targets))
+        for part in (train, test)
+    )
+    return Dataset(folder.resolve().name, sha.hexdigest()[:16], train.classes, *splits)
+
+
+def _read(paths: list[str], size: int) -> Tensor:
+    """Image files -> (N, size, size, 3) uint8. Failure names a file that is broken."""
+
+    def read(path: str) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                return _pixels(image, size)
+        except Exception as error:  # Pillow's decoders raise many kinds on a broken file
+            raise Failure(f"{path} cannot be read as an image: {error}") from None
+
+    images = np.empty((len(paths), size, size, 3), np.uint8)
+    with ThreadPoolExecutor() as pool:
+        rows = pool.map(read, paths)
+        for index, row in enumerate(tqdm(rows, "reading images", len(paths), leave=False, disable=None)):
+            images[index] = row
+    return torch.from_numpy(images)
+
+
+def _pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Any image -> (size, size, 3) uint8 RGB."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8 and not scale
+        image = Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 256).astype(np.uint8))
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+class TestBatches:
+    """The test images in their order, normalised: (B, 3, size, size) float32, channels_last, and labels (B,)."""
+
+    def __init__(self, dataset: Dataset, device: torch.device):
+        self.images, self.labels = dataset.test.images.to(device), dataset.test.labels.to(device)
+        self.mean, self.std = (value.to(device) for value in dataset.mean_and_std())
+        # About a million pixels a batch bound the memory at any image size: 1,024 images of 32x32.
+        self.batch_size = max(1, 2**20 // self.images.shape[1] ** 2)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
+            yield _normalise(images, self.mean, self.std), labels
+
+
+class TrainBatches:
+    """The training images in random order, each padded, cropped at random, mirrored or not, and normalised."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, device: torch.device):
+        padding = (0, 0, PADDING, PADDING, PADDING, PADDING)
+        self.images = F.pad(dataset.train.images, padding).to(device)
+        self.labels = dataset.train.labels.to(device)
+        self.mean, self.std = (value.to(device) for value in dataset.mean_and_std())
+        self.size, self.mirror = dataset.train.images.shape[1], dataset.mirror
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+
+    def __len__(self) -> int:
+        """Batches an epoch; the last one may be short."""
+        return -(-len(self.labels) // self.batch_size)
+
+    def epoch(self, stage: str, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch from number `first` on, as TestBatches yields them.
+
+        Every random choice is a function of (seed, stage, epoch), the same on every device.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, stage, epoch))
+        images = len(self.labels)
+        order = torch.randperm(images, generator=generator).to(self.device)
+        corners = torch.randint(2 * PADDING + 1, (2, images, 1), generator=generator).to(self.device)
+        mirrored = torch.randint(2, (images, 1), generator=generator).bool().to(self.device) & self.mirror
+        pixels = torch.arange(self.size, device=self.device)
+        for batch in range(first, len(self)):
+            here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            rows = corners[0, here] + pixels
+            columns = corners[1, here] + torch.where(mirrored[here], pixels.flip(0), pixels)
+            chosen = order[here]
+            crops = self.images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+            yield _normalise(crops, self.mean, self.std), self.labels[chosen]
+
+
+def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in channels_last layout, mean 0 and deviation 1 a colour."""
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)

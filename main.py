@@ -1,0 +1,303 @@
+"""Train a ResNet on CIFAR-10, zero most of its weights by magnitude, retrain what is left.
+
+python main.py                                        train the dense network
+python main.py -pr 0.9 -shot iter                     prune it to 90 % in steps
+python main.py -pr 0.5 0.75 0.9 -shot single iter     the whole experiment
+python test.py                                        reload every checkpoint, report
+"""
+
+import argparse
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+import engine
+import models
+import pruning
+import store
+import utils
+
+DENSE = "ckpt.pth"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = utils.Parser(description="Train, prune by global magnitude, retrain.")
+    pruned = parser.add_argument_group("pruning")
+    pruned.add_argument(
+        "-pr",
+        nargs="+",
+        type=utils.sparsity,
+        default=[],
+        metavar="SPARSITY",
+        help="target sparsities, 0.9 for 90 %%; 0 retrains and prunes nothing (default: train the dense network)",
+    )
+    pruned.add_argument(
+        "-shot",
+        nargs="+",
+        choices=("single", "iter"),
+        default=[],
+        help="prune at once, or in steps with retraining between them",
+    )
+    pruned.add_argument(
+        "--retrain-epochs", type=utils.positive_int, default=20, metavar="N", help="single: epochs after pruning"
+    )
+    pruned.add_argument(
+        "--step",
+        type=utils.fraction,
+        default=0.11,
+        metavar="FRACTION",
+        help="iter: share of the remaining weights that a step prunes",
+    )
+    pruned.add_argument(
+        "--step-epochs", type=utils.positive_int, default=5, metavar="N", help="iter: epochs after each step"
+    )
+    pruned.add_argument(
+        "--final-epochs", type=utils.positive_int, default=100, metavar="N", help="iter: epochs after the last step's"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--arch", choices=models.ARCHITECTURES, default="resnet18", help="network")
+    training.add_argument(
+        "--epochs", type=utils.positive_int, default=200, metavar="N", help="epochs of the dense network"
+    )
+    training.add_argument(
+        "--lr",
+        type=utils.positive_float,
+        default=0.1,
+        help="learning rate at the start of each training; a cosine takes it to 0",
+    )
+    training.add_argument("--batch-size", type=utils.positive_int, default=128, metavar="N", help="images a step")
+    training.add_argument(
+        "--seed", type=utils.seed, default=0, help="initial weights, order and augmentation of the images"
+    )
+    utils.add_data_arguments(parser, "cifar10", 32)
+    utils.add_device_arguments(parser, "of training; auto is bf16 where the processor has it")
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--checkpoint-dir", type=Path, default=Path("checkpoint"), metavar="DIR", help="where results go"
+    )
+    files.add_argument("-r", "--resume", action="store_true", help="go on where an interrupted run stopped")
+    files.add_argument("--force", action="store_true", help="make results again that are there")
+    args = parser.parse_args()
+    if bool(args.pr) != bool(args.shot):
+        parser.error("-pr and -shot go together: what sparsity, and how to get there")
+    for flag, values in ("-pr", [result_name(s, "") for s in args.pr]), ("-shot", args.shot):
+        if len(set(values)) < len(values):
+            parser.error(f"argument {flag}: the same value twice")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    device = utils.choose_device(args.device)
+    utils.set_up(device)
+    images = data.load(args.dataset, args.data_dir, args.image_size)
+    lab = Lab(args, images, device)
+    dense = train_dense(lab)
+    if "single" in args.shot:
+        for sparsity in args.pr:
+            prune_one_shot(lab, dense, sparsity)
+    if "iter" in args.shot:
+        prune_iteratively(lab, dense, sorted(args.pr))
+    lab.directory.close()
+
+
+def train_dense(lab: "Lab") -> dict:
+    """Make ckpt.pth if it is not there; return it."""
+    settings = lab.settings | {"epochs": lab.args.epochs}
+    if lab.skip(DENSE, settings):
+        return lab.load_dense()
+    if lab.args.pr:
+        print(f"{lab.directory.path / DENSE} is missing: training the dense network first")
+    torch.manual_seed(utils.derive_seed(lab.args.seed, "initial weights"))
+    network = lab.place(models.build(lab.args.arch, len(lab.images.classes)))
+    history = lab.train(network, "dense", lab.args.epochs, settings)
+    lab.finish(DENSE, network, settings, history)
+    lab.directory.forget("dense")
+    return lab.load_dense()
+
+
+def prune_one_shot(lab: "Lab", dense: dict, sparsity: float) -> None:
+    """Prune the dense network to `sparsity` at once, retrain, save."""
+    result, stage = result_name(sparsity, "single"), f"{100 * sparsity:g}percent_single"
+    settings = lab.pruned_settings(dense, "single") | {"sparsity": sparsity, "retrain_epochs": lab.args.retrain_epochs}
+    if lab.skip(result, settings):
+        return
+    network = lab.place(store.network_of(dense))
+    masks = pruning.choose(network, round(sparsity * lab.weights))
+    history = lab.train(network, stage, lab.args.retrain_epochs, settings, masks)
+    lab.finish(result, network, settings, history, dense)
+    lab.directory.forget(stage)
+
+
+def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
+    """Prune in steps of `--step` of the weights left, retraining after each, to every one of the ascending
+    `targets`. The steps that targets have in common are the trunk, made once; each target branches off."""
+    args = lab.args
+    steps = lab.pruned_settings(dense, "iter") | {"step": args.step, "step_epochs": args.step_epochs}
+    trunk = lab.directory.kept("iter_trunk", steps)
+    for sparsity in targets:
+        result = result_name(sparsity, "iter")
+        settings = steps | {"sparsity": sparsity, "final_epochs": args.final_epochs}
+        if lab.skip(result, settings):
+            continue
+        *shared, last = pruning.levels(lab.weights, sparsity, args.step)
+        if trunk is None or trunk["step"] > len(shared):
+            trunk = {"step": 0, "net": dense["net"], "masks": None, "history": []}
+        network = lab.place(store.network_of(dense | trunk))
+        masks, history = trunk["masks"], trunk["history"]
+        for step, zeros in enumerate(shared[trunk["step"] :], trunk["step"] + 1):
+            stage = f"iter_step{step}"
+            masks = pruning.choose(network, zeros, masks)
+            history = history + lab.train(network, stage, args.step_epochs, steps, masks)
+            trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
+            lab.directory.keep("iter_trunk", steps, trunk)
+            lab.directory.forget(stage)
+        stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
+        masks = pruning.choose(network, last, masks)
+        for stage, epochs in zip(stages, (args.step_epochs, args.final_epochs)):
+            history = history + lab.train(network, stage, epochs, settings, masks)
+        lab.finish(result, network, settings, history, dense)
+        lab.directory.forget(*stages)
+    lab.directory.forget("iter_trunk")
+
+
+def result_name(sparsity: float, mode: str) -> str:
+    """The file of a pruned network: 90percent_iter_ckpt.pth."""
+    return f"{100 * sparsity:g}percent_{mode}_ckpt.pth"
+
+
+class Lab:
+    """What the stages of one command share: images, device, settings, and the directory of results."""
+
+    def __init__(self, args: argparse.Namespace, images: data.Dataset, device: torch.device):
+        self.args, self.images, self.device = args, images, device
+        self.dtype = utils.choose_dtype(args.precision, device)
+        self.settings = {
+            "arch": args.arch,
+            "dataset": images.name,
+            "contents": images.contents,
+            "image_size": args.image_size,
+            "lr": args.lr,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+        with torch.device("meta"):
+            network = models.build(args.arch, len(images.classes))
+        self.weights = sum(weight.numel() for weight in pruning.prunable(network).values())
+        for sparsity in args.pr:
+            if round(sparsity * self.weights) == self.weights:
+                raise utils.Failure(f"argument -pr: {sparsity} of {self.weights} weights leaves none")
+        asked = [result_name(sparsity, mode) for mode in args.shot for sparsity in args.pr] or [DENSE]
+        for name in {DENSE, *asked}:
+            self.check_same_experiment(args.checkpoint_dir / name, replaced=args.force and name in asked)
+        # At most the trunk and one stage with momentum, and the next version of each beside it.
+        network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
+        self.directory = store.Directory(args.checkpoint_dir, asked, args.resume, args.force, 7 * network_bytes)
+        self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
+        self.test_batches = data.TestBatches(images, device)
+        utils.stop_on_signals()
+
+    def check_same_experiment(self, path: Path, replaced: bool) -> None:
+        """Failure when the file at `path` is of another network or data set, which must not be mixed or lost.
+
+        A broken file may be `replaced`, if that is what the user asked for."""
+        if not path.exists():
+            return
+        try:
+            checkpoint = store.load_checkpoint(path)
+        except utils.Failure:
+            if replaced:
+                return
+            raise
+        mine = {name: self.settings[name] for name in ("arch", "dataset", "contents", "image_size")}
+        mine["classes"] = len(self.images.classes)
+        theirs = mine | checkpoint.get("settings", {})
+        theirs |= {"arch": checkpoint["arch"], "classes": len(checkpoint["net"]["linear.weight"])}
+        if other := store.difference(theirs, mine):
+            raise utils.Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
+
+    def skip(self, result: str, settings: dict) -> bool:
+        """Whether a result is there already; if so, say so, and what differs from what was asked."""
+        if not self.directory.has(result):
+            return False
+        path = self.directory.path / result
+        saved = store.load_checkpoint(path).get("settings")
+        other = store.difference(saved, settings) if saved else "made by another program"
+        print(f"{path} is there already{f' ({other})' if other else ''}: skipped, --force makes it again")
+        return True
+
+    def load_dense(self) -> dict:
+        """The dense checkpoint, with its fingerprint and, where another program wrote it, its accuracy by our count."""
+        dense = store.load_checkpoint(self.directory.path / DENSE)
+        if "settings" not in dense:
+            dense["acc"] = engine.evaluate(self.place(store.network_of(dense)), self.test_batches).accuracy
+        return dense | {"digest": store.digest(dense["net"])}
+
+    def pruned_settings(self, dense: dict, mode: str) -> dict:
+        return self.settings | {"mode": mode, "parent": dense["digest"]}
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """The network on the device, in the layout that convolutions are fastest in."""
+        return network.to(self.device, memory_format=torch.channels_last)
+
+    def train(
+        self, network: nn.Module, stage: str, epochs: int, settings: dict, masks: pruning.Masks | None = None
+    ) -> list[dict]:
+        """Train in place, from where an interrupted run stopped; with `masks`, pruned weights are zero and stay it."""
+        begin = time.monotonic()
+        after_step = {}
+        if masks:
+            pruning.apply(network, masks)
+            after_step = {"after_step": pruning.keeper(network, masks)}
+        history = engine.fit(
+            network,
+            self.train_batches,
+            stage=stage,
+            epochs=epochs,
+            lr=self.args.lr,
+            dtype=self.dtype,
+            state=self.directory.kept(stage, settings),
+            keep=lambda state: self.directory.keep(stage, settings, state),
+            **after_step,
+        )
+        if masks:
+            pruning.apply(network, masks)
+        found = pruning.sparsity(network)
+        seconds = timedelta(seconds=round(time.monotonic() - begin))
+        last = history[-1]
+        print(
+            f"{stage}: sparsity {100 * found:.2f} %, {epochs} epochs in {seconds}, training loss {last['loss']:.4f}, "
+            f"accuracy {last['accuracy']:.2f} %"
+        )
+        return [entry | {"sparsity": found} for entry in history]
+
+    def finish(
+        self, result: str, network: nn.Module, settings: dict, history: list[dict], dense: dict | None = None
+    ) -> None:
+        """Measure a network on the test set, once, and write its checkpoint."""
+        score = engine.evaluate(network, self.test_batches)
+        checkpoint = {
+            "net": store.plain_state(network),
+            "acc": score.accuracy,
+            "epoch": history[-1]["epoch"] - 1,  # an index, as pytorch-cifar counts
+            "loss": score.loss,
+            "zeros": sum(zeros for zeros, _ in pruning.count(network).values()),
+            "classes": list(self.images.classes),
+            "settings": settings,
+            "history": history,
+        }
+        drop = ""
+        if dense:
+            checkpoint["dense_acc"] = dense["acc"]
+            drop = f", drop {dense['acc'] - score.accuracy:.2f} points"
+        self.directory.finish(result, checkpoint)
+        print(f"{self.directory.path / result}: test accuracy {score.accuracy:.2f} %, loss {score.loss:.4f}{drop}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

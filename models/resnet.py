@@ -1,0 +1,85 @@
+"""Residual networks for small images (He et al., Deep Residual Learning for Image Recognition, 2016).
+
+The stem is one 3x3 convolution without pooling, so that a 32x32 image keeps its resolution in the first
+stage. Parameter names are those of the widely used pytorch-cifar networks: checkpoints load both ways.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; (N, in, H, W) -> (N, width, H / stride, W / stride)."""
+
+    expansion = 1
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = projection(channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions; (N, in, H, W) -> (N, 4 * width, H / stride, W / stride)."""
+
+    expansion = 4
+
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, self.expansion * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(self.expansion * width)
+        self.shortcut = projection(channels, self.expansion * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.shortcut(x))
+
+
+def projection(channels: int, width: int, stride: int) -> nn.Sequential:
+    """The identity where shapes agree, else a 1x1 convolution (option B of the paper)."""
+    if stride == 1 and channels == width:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+
+class ResNet(nn.Module):
+    """(N, 3, H, W) float images, H and W of at least 16 -> (N, classes) logits.
+
+    One stage an entry of `widths`, of `depths[i]` blocks; every stage but the first halves the resolution.
+    """
+
+    def __init__(self, block: type, depths: tuple[int, ...], widths: tuple[int, ...], classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.stages = [f"layer{number}" for number in range(1, len(widths) + 1)]
+        channels = widths[0]
+        for stage, depth, width in zip(self.stages, depths, widths):
+            blocks = []
+            for index in range(depth):
+                stride = 2 if index == 0 and stage != "layer1" else 1
+                blocks.append(block(channels, width, stride))
+                channels = width * block.expansion
+            self.add_module(stage, nn.Sequential(*blocks))
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        for stage in self.stages:
+            out = getattr(self, stage)(out)
+        # A mean, not adaptive_avg_pool2d: the same pooling, but its backward is deterministic on CUDA too.
+        return self.linear(out.mean((2, 3)))

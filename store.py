@@ -1,0 +1,202 @@
+"""What the program keeps on disk: checkpoints, and the states that an interrupted run goes on from.
+
+A checkpoint is a dictionary in the format of the pytorch-cifar scripts, `{'net': state_dict, 'acc': percent,
+'epoch': index}`, with keys of our own beside these. It holds plain tensors and numbers only, so that
+`torch.load(..., weights_only=True)` reads it and reading it never runs code.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import filelock
+import torch
+from torch import Tensor, nn
+
+import models
+from utils import Failure
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: after a crash at any moment it is whole, the old or the new. Failure when
+    the disk does not take it; the old file survives."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the rename itself reaches the disk only with its directory
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Failure(f"{path} cannot be written: {error.strerror or error}", code=1) from None
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a dictionary of tensors and plain values; the same content gives the same bytes."""
+    buffer = io.BytesIO()  # torch.save puts the name of a file into its bytes, but not that of a buffer
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def load(path: Path) -> object:
+    """Read what `save` wrote, or any file of tensors, on the CPU. Failure when it is not such a file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Failure(f"{path} does not exist") from None
+    except OSError as error:
+        raise Failure(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # whatever torch's reader and unpickler raise on bytes that nobody meant for them
+        unsafe = "Unsupported" in str(error) or "WeightsUnpickler" in str(error)
+        reason = "it holds more than tensors and plain values" if unsafe else "it is damaged or of another format"
+        raise Failure(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read and check a checkpoint, ours or in the format of pytorch-cifar, with or without `module.` prefixes.
+
+    The result has `net` (float32, plain names), `arch` and, where the file says them, `acc`, `epoch` and what
+    main.py put there. Failure names the file and what is wrong with it.
+    """
+    checkpoint = load(path)
+    net = checkpoint.get("net") if isinstance(checkpoint, dict) else None
+    if not isinstance(net, dict) or not net:
+        raise Failure(f"{path} is not a checkpoint: it has no 'net' with the weights of a network")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items()):
+        raise Failure(f"{path} is not a checkpoint: its 'net' has entries that are not tensors")
+    plain = {}
+    for name, value in net.items():
+        counter = name.endswith("num_batches_tracked")
+        if value.layout != torch.strided or not (counter or value.is_floating_point()):
+            raise Failure(f"{path} has {name} in a form that is not a float tensor")
+        if not value.isfinite().all():
+            raise Failure(f"{path} has values in {name} that are not finite")
+        # DataParallel and torch.compile put their own names in front.
+        plain[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = value if counter else value.float()
+    if len(plain) < len(net):
+        raise Failure(f"{path} has weights both with and without a prefix of the same name")
+    try:
+        return {**checkpoint, "net": plain, "arch": models.identify(plain)}
+    except ValueError as error:
+        raise Failure(f"{path} {error}") from None
+
+
+def plain_state(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state_dict on the CPU, contiguous, sharing no memory with it."""
+    return {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
+
+
+def network_of(checkpoint: dict) -> nn.Module:
+    """The network of a checkpoint from `load_checkpoint`, on the CPU."""
+    net = checkpoint["net"]
+    network = models.build(checkpoint["arch"], net["linear.weight"].shape[0])
+    network.load_state_dict({**network.state_dict(), **net})
+    return network
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """A fingerprint of the exact values of a state_dict."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        sha.update(name.encode())
+        sha.update(state[name].contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def difference(saved: dict, asked: dict) -> str:
+    """The settings in which two runs differ, for a person to read; empty when they agree."""
+    return ", ".join(
+        f"{name} {saved.get(name)} there, {value} asked" for name, value in asked.items() if saved.get(name) != value
+    )
+
+
+class Directory:
+    """A checkpoint directory while one run works in it: its lock, its results and its unfinished stages.
+
+    An unfinished stage is one file in `resume/`: the state it goes on from and the settings it was made with.
+    `resume/redo.json` lists the results that --force asked for and that are still to be made again: the old
+    ones stay until then.
+    """
+
+    def __init__(self, path: Path, asked: list[str], resume: bool, force: bool, bytes_needed: int):
+        """`asked`: the results of this run, by file name. Failure when the directory cannot be worked in."""
+        self.path, self.states = path, path / "resume"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.states.mkdir(exist_ok=True)
+            (path / ".lock").touch()  # filelock itself waits and retries where it may not write
+            self.lock = filelock.FileLock(path / ".lock", timeout=0)
+            self.lock.acquire()
+            for leftover in [*path.glob(".*.tmp"), *self.states.glob(".*.tmp")]:
+                leftover.unlink()
+            free = shutil.disk_usage(path).free
+        except filelock.Timeout:
+            raise Failure(f"{path} is in use: another run is at work there") from None
+        except OSError as error:
+            raise Failure(f"{path} cannot be written: {error.strerror or error}") from None
+        if free < bytes_needed:
+            raise Failure(f"{path} has {free / 1e6:.0f} MB of disk left and this needs {bytes_needed / 1e6:.0f} MB")
+        unfinished = sorted(file.stem for file in self.states.glob("*.pt"))
+        if unfinished and not (resume or force):
+            names = ", ".join(unfinished)
+            raise Failure(f"{path} holds an interrupted run ({names}): -r goes on with it, --force starts again")
+        if not resume:
+            self.forget(*unfinished)
+        self.redo_file = self.states / "redo.json"
+        if resume and self.redo_file.exists():
+            self.redo = json.loads(self.redo_file.read_text())
+        else:
+            self._set_redo([name for name in asked if force and (path / name).exists()])
+
+    def has(self, result: str) -> bool:
+        """Whether the result of that file name is there and is to stay."""
+        return (self.path / result).exists() and result not in self.redo
+
+    def finish(self, result: str, checkpoint: dict) -> None:
+        """Write a result."""
+        save(self.path / result, checkpoint)
+        self._set_redo([name for name in self.redo if name != result])
+
+    def keep(self, stage: str, settings: dict, state: dict) -> None:
+        """Write the state from which `stage` can go on."""
+        save(self.states / f"{stage}.pt", {"settings": settings, "state": state})
+
+    def kept(self, stage: str, settings: dict) -> dict | None:
+        """The state that `keep` wrote last, None without one. Failure when it was made with other settings."""
+        path = self.states / f"{stage}.pt"
+        if not path.exists():
+            return None
+        saved = load(path)
+        if other := difference(saved["settings"], settings):
+            raise Failure(f"{path} was made with other settings: {other}")
+        return saved["state"]
+
+    def forget(self, *stages: str) -> None:
+        """Delete states whose stages are over."""
+        for stage in stages:
+            (self.states / f"{stage}.pt").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """The end of a run that finished: nothing is left to go on with."""
+        self.redo_file.unlink(missing_ok=True)
+        if not any(self.states.iterdir()):
+            self.states.rmdir()
+
+    def _set_redo(self, names: list[str]) -> None:
+        self.redo = names
+        if names:
+            write(self.redo_file, json.dumps(names).encode())
+        else:
+            self.redo_file.unlink(missing_ok=True)

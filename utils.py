@@ -1,0 +1,180 @@
+"""Small helpers: the command line, seeds, device and precision, stopping on a signal."""
+
+import argparse
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+
+class Failure(Exception):
+    """What the user has to know, as one line. `code` is the exit code: 2 for bad input, 1 for the rest."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(" ".join(message.split()))
+        self.code = code
+
+
+class Interrupted(Exception):
+    """A signal asked the program to stop. What was done so far is saved."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def __init__(self, **options):
+        # An abbreviation that works today is ambiguous when the next flag is added.
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind: type, accept: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` that `accept` accepts; `what` says which those are."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+fraction = number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+sparsity = number(
+    float, lambda value: 0 <= value < 1, "a sparsity: a number from 0 (the control: nothing pruned) to below 1"
+)
+seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
+image_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, size: int | None) -> None:
+    """The flags that say which images; None as a default means what the checkpoint says."""
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--dataset",
+        default=dataset,
+        metavar="NAME",
+        help="cifar10, cifar100, digits, or a folder with train/<class>/ and test/<class>/ images",
+    )
+    group.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR is, or is downloaded to"
+    )
+    group.add_argument(
+        "--image-size",
+        type=image_size,
+        default=size,
+        metavar="PIXELS",
+        help="images are resized to this height and width",
+    )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> None:
+    """The flags that say on what to compute, and in which type."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and end the process as a command should: no traceback for what the user can mend."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        sys.exit(main())
+    except Failure as failure:
+        print(f"{program}: {failure}", file=sys.stderr)
+        sys.exit(failure.code)
+    except Interrupted as stop:
+        print(f"{program}: {stop}", file=sys.stderr)
+        sys.exit(128 + _signal)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def derive_seed(*key: object) -> int:
+    """A seed that depends on every part of `key` and on nothing else, from 0 to 2**63 - 1.
+
+    A random choice made from (seed, stage, epoch) is the same whatever ran before it.
+    """
+    name = "/".join(str(part) for part in key)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; Failure when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (name == "cuda" or index.isdecimal()):
+        raise Failure(f"argument --device: {name!r} is not auto, cpu, cuda or cuda:N")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise Failure(
+            f"argument --device: {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that convolutions and matrix products of training run in; weights are always fp32.
+
+    `auto` is bfloat16 where the processor multiplies it in hardware: elsewhere it is slower than fp32.
+    """
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+        precision = "bf16" if fast else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def _cpu_has_bf16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def set_up(device: torch.device) -> None:
+    """Choose the device's settings once, before any work on it."""
+    if device.type == "cuda":
+        # Let cuDNN time its algorithms; and fp32 means fp32: TF32 would round its inputs to 10 bits.
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+
+
+_signal = 0
+
+
+def stop_on_signals() -> None:
+    """From here on SIGTERM and Ctrl-C let the step in hand finish; a second one ends the process at once."""
+    signal.signal(signal.SIGTERM, _remember)
+    signal.signal(signal.SIGINT, _remember)
+
+
+def stop_requested() -> bool:
+    """Whether a signal has come."""
+    return _signal != 0
+
+
+def _remember(number: int, _frame: object) -> None:
+    global _signal
+    if _signal:
+        os._exit(128 + number)
+    _signal = number
