@@ -73,6 +73,10 @@ def load_checkpoint(path: Path) -> dict:
         raise Failure(f"{path} is not a checkpoint: it has no 'net' with the weights of a network")
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items()):
         raise Failure(f"{path} is not a checkpoint: its 'net' has entries that are not tensors")
+    numbers = {name: checkpoint[name] for name in ("acc", "dense_acc", "zeros", "loss", "epoch") if name in checkpoint}
+    settings = checkpoint.get("settings", {})
+    if not all(isinstance(value, (int, float)) for value in numbers.values()) or not isinstance(settings, dict):
+        raise Failure(f"{path} is not a checkpoint: its {', '.join(numbers)} or settings are of another type")
     plain = {}
     for name, value in net.items():
         counter = name.endswith("num_batches_tracked")

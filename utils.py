@@ -91,6 +91,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> Non
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and end the process as a command should: no traceback for what the user can mend."""
     program = os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(line_buffering=True)  # a line of summary is worth seeing when it is written to a file, too
     try:
         sys.exit(main())
     except Failure as failure:
