@@ -1,0 +1,135 @@
+"""Which weights are pruned, how many, and that they stay pruned."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import models
+import pruning
+
+
+def network(*, ties: bool = False, zeros: float = 0.0) -> nn.Module:
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1, bias=False), nn.Flatten(), nn.Linear(20, 7)
+    )
+    with torch.no_grad():
+        for weight in pruning.prunable(net).values():
+            if ties:
+                weight.copy_((weight * 20).round() / 20)
+            weight[torch.rand_like(weight) < zeros] = 0
+    return net
+
+
+def flat(values: dict) -> torch.Tensor:
+    return torch.cat([value.detach().flatten() for value in values.values()])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("zeros", [0.0, 0.3])
+@pytest.mark.parametrize("sparsity", [0.0, 0.11, 0.5, 0.75, 0.9, 0.999])
+def test_one_threshold_over_all_layers_and_an_exact_count(ties, zeros, sparsity):
+    net = network(ties=ties, zeros=zeros)
+    magnitude = flat(pruning.prunable(net)).abs()
+    count = round(sparsity * len(magnitude))
+    masks = pruning.choose(net, count)
+    kept = flat(masks)
+    assert int((~kept).sum()) == count
+    # The pruned magnitudes are, as a sorted list, the smallest ones of a plain sort; ties may fall either way.
+    assert torch.equal(magnitude[~kept].sort().values, magnitude.sort().values[:count])
+
+
+def test_resnet18_counts_are_those_of_the_literature():
+    with torch.device("meta"):
+        net = models.build("resnet18", 10)
+    weights = pruning.prunable(net)
+    assert len(weights) == 21
+    assert sum(w.numel() for w in weights.values()) == 11_164_352
+    assert sum(p.numel() for p in net.parameters()) == 11_173_962
+
+
+def test_only_weights_of_convolutions_and_linear_layers_are_touched():
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    pruning.apply(net, pruning.choose(net, 300))
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"0.weight", "2.weight", "4.weight"}
+    assert set(net.state_dict()) == set(before)
+
+
+def test_masks_only_shrink_whatever_happens_to_the_weights():
+    net, masks = network(), None
+    total = flat(pruning.prunable(net)).numel()
+    for zeros in pruning.levels(total, 0.9, 0.11):
+        new = pruning.choose(net, zeros, masks)
+        assert int((~flat(new)).sum()) == zeros
+        if masks:
+            assert not (flat(new) & ~flat(masks)).any()
+        masks = new
+        with torch.no_grad():  # pruned weights that come back large must not be chosen to stay
+            for weight in pruning.prunable(net).values():
+                weight.normal_()
+    with pytest.raises(ValueError, match="zeros"):
+        pruning.choose(net, 10, masks)
+
+
+def test_channels_last_weights_get_the_same_masks():
+    net = models.build("resnet20", 10)
+    masks = pruning.choose(net, 200_000)
+    other = pruning.choose(net.to(memory_format=torch.channels_last), 200_000)
+    assert torch.equal(flat(masks), flat(other))
+
+
+@pytest.mark.parametrize(("sparsity", "steps"), [(0.5, 6), (0.75, 12), (0.9, 20)])
+def test_the_iterative_schedule_has_the_classic_number_of_steps(sparsity, steps):
+    total = 11_164_352
+    schedule = pruning.levels(total, sparsity, 0.11)
+    assert len(schedule) == steps
+    assert schedule[-1] == round(sparsity * total)
+    left = total
+    for zeros in schedule[:-1]:
+        left -= round(0.11 * left)
+        assert total - zeros == left
+
+
+@given(weights=st.integers(1, 10**7), sparsity=st.floats(0, 1, exclude_max=True), step=st.floats(0.01, 0.99))
+def test_every_schedule_rises_to_exactly_its_target(weights, sparsity, step):
+    schedule = pruning.levels(weights, sparsity, step)
+    target = round(sparsity * weights)
+    assert schedule[-1] == target
+    assert all(low < high for low, high in itertools.pairwise(schedule))
+    assert schedule[0] > 0 or schedule == [0]
+
+
+@given(weights=st.integers(1, 10**6), sparsities=st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2))
+def test_targets_share_their_steps(weights, sparsities):
+    low, high = (pruning.levels(weights, sparsity, 0.11) for sparsity in sorted(sparsities))
+    assert low[:-1] == high[: len(low) - 1]
+
+
+def test_pruned_weights_stay_zero_through_momentum_and_weight_decay():
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):  # momentum that would move every weight
+        net(torch.randn(4, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+    masks = pruning.choose(net, 300)
+    pruning.apply(net, masks)
+    start = {name: weight.detach().clone() for name, weight in pruning.prunable(net).items()}
+    keep = pruning.keeper(net, masks)
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+        keep()
+        for name, weight in pruning.prunable(net).items():
+            assert (weight[~masks[name]] == 0).all()
+    for name, weight in pruning.prunable(net).items():
+        assert (weight[masks[name]] != start[name][masks[name]]).all()
+    pruning.apply(net, masks)
+    zeros = torch.cat([weight[~masks[name]].detach() for name, weight in pruning.prunable(net).items()])
+    assert not zeros.signbit().any(), "a pruned weight is -0.0"
