@@ -108,10 +108,15 @@ def main() -> None:
 def train_dense(lab: "Lab") -> dict:
     """Make ckpt.pth if it is not there; return it."""
     settings = lab.settings | {"epochs": lab.args.epochs}
-    if lab.skip(DENSE, settings):
-        return lab.load_dense()
+    path = lab.directory.path / DENSE
+    if lab.args.pr and lab.directory.has(DENSE):
+        dense = lab.load_dense()
+        print(f"{path} is pruned, test accuracy {dense['acc']:.2f} %{lab.other_settings(dense, lab.settings)}")
+        return dense
     if lab.args.pr:
-        print(f"{lab.directory.path / DENSE} is missing: training the dense network first")
+        print(f"{path} is missing: training the dense network first")
+    elif lab.skip(DENSE, settings):
+        return lab.load_dense()
     torch.manual_seed(utils.derive_seed(lab.args.seed, "initial weights"))
     network = lab.place(models.build(lab.args.arch, len(lab.images.classes)))
     history = lab.train(network, "dense", lab.args.epochs, settings)
@@ -226,10 +231,16 @@ class Lab:
         if not self.directory.has(result):
             return False
         path = self.directory.path / result
-        saved = store.load_checkpoint(path).get("settings")
-        other = store.difference(saved, settings) if saved else "made by another program"
-        print(f"{path} is there already{f' ({other})' if other else ''}: skipped, --force makes it again")
+        other = self.other_settings(store.load_checkpoint(path), settings)
+        print(f"{path} is there already{other}: skipped, --force makes it again")
         return True
+
+    def other_settings(self, checkpoint: dict, settings: dict) -> str:
+        """What a checkpoint was made with instead of `settings`, in brackets; nothing when they agree."""
+        if "settings" not in checkpoint:
+            return " (made by another program)"
+        other = store.difference(checkpoint["settings"], settings)
+        return f" ({other})" if other else ""
 
     def load_dense(self) -> dict:
         """The dense checkpoint, with its fingerprint and, where another program wrote it, its accuracy by our count."""

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import filelock
@@ -43,21 +45,32 @@ def write(path: Path, content: bytes) -> None:
 def save(path: Path, content: dict) -> None:
     """Write a dictionary of tensors and plain values; the same content gives the same bytes."""
     buffer = io.BytesIO()  # torch.save puts the name of a file into its bytes, but not that of a buffer
-    torch.save(content, buffer)
+    torch.save(_canonical(content), buffer)
     write(path, buffer.getvalue())
+
+
+def _canonical(value: object) -> object:
+    """An equal value in which equal strings are one object: pickle writes an object that it met before in
+    another way than a second one that is equal, so a resumed run would differ in its bytes."""
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_canonical(entry) for entry in value]
+    return sys.intern(value) if type(value) is str else value
 
 
 def load(path: Path) -> object:
     """Read what `save` wrote, or any file of tensors, on the CPU. Failure when it is not such a file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of formats; the error below says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Failure(f"{path} does not exist") from None
     except OSError as error:
         raise Failure(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # whatever torch's reader and unpickler raise on bytes that nobody meant for them
-        unsafe = "Unsupported" in str(error) or "WeightsUnpickler" in str(error)
-        reason = "it holds more than tensors and plain values" if unsafe else "it is damaged or of another format"
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {code[1]}, not just for tensors and plain values" if code else "damaged or not one"
         raise Failure(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
 
 

@@ -46,3 +46,7 @@ def succeed(script: str, *arguments: object) -> str:
     done = command(script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="how often the kill test kills the run")

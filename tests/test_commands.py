@@ -1,0 +1,216 @@
+"""main.py and test.py from end to end, as processes, as a user types them."""
+
+import csv
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, SMALL_PRUNING, command, succeed
+
+import models
+import pruning
+import store
+
+RESULTS = ["50percent_iter", "50percent_single", "87.5percent_iter", "87.5percent_single"]
+WEIGHTS = 270_384  # of resnet20 with two classes
+
+
+@pytest.fixture(scope="session")
+def experiment(images, tmp_path_factory):
+    """The whole experiment in one command, and what it printed."""
+    folder = tmp_path_factory.mktemp("experiment") / "checkpoint"
+    targets = ("-pr", "0.875", "0.5", "-shot", "single", "iter")
+    printed = succeed("main.py", *SMALL, *SMALL_PRUNING, *targets, "--dataset", images, "--checkpoint-dir", folder)
+    return folder, printed
+
+
+def net(path) -> dict:
+    return torch.load(path, weights_only=True)["net"]
+
+
+def copy(folder, to):
+    """A directory of one's own to damage."""
+    return shutil.copytree(folder, to)
+
+
+def test_the_whole_experiment_leaves_its_checkpoints_and_nothing_else(experiment):
+    folder, printed = experiment
+    assert f"{folder / 'ckpt.pth'} is missing: training the dense network first" in printed
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [".lock", "ckpt.pth", *(f"{r}_ckpt.pth" for r in RESULTS)]
+    )
+    for line in ("iter_step1: ", "50percent_iter_final: ", "87.5percent_single_ckpt.pth: test accuracy"):
+        assert line in printed
+
+
+def test_checkpoints_hold_plain_weights_with_exactly_the_zeros_asked_for(experiment):
+    folder, _ = experiment
+    for name in RESULTS:
+        checkpoint = torch.load(folder / f"{name}_ckpt.pth", weights_only=True)
+        weights = [v for v in checkpoint["net"].values() if v.dim() in (2, 4)]
+        assert sum(w.numel() for w in weights) == WEIGHTS
+        zeros = sum(int((w == 0).sum()) for w in weights)
+        assert zeros == checkpoint["zeros"] == round(float(name.split("percent")[0]) / 100 * WEIGHTS)
+        assert not any(w[w == 0].signbit().any() for w in weights)
+        network = models.build("resnet20", 2)
+        network.load_state_dict(checkpoint["net"], strict=True)
+        epochs = 2 if "single" in name else {"50percent_iter": 2 + 1, "87.5percent_iter": 5 + 1}[name]
+        assert len(checkpoint["history"]) == epochs
+        assert {"stage", "epoch", "lr", "loss", "accuracy", "sparsity"} <= set(checkpoint["history"][0])
+        settings = checkpoint["settings"]
+        assert (settings["arch"], settings["dataset"], settings["seed"]) == ("resnet20", "shades", 0)
+        assert checkpoint["classes"] == ["dark", "light"]
+
+
+def test_retraining_moved_the_weights_that_were_left(experiment):
+    folder, _ = experiment
+    dense = net(folder / "ckpt.pth")
+    for name in RESULTS:
+        pruned = net(folder / f"{name}_ckpt.pth")
+        for key, weight in pruned.items():
+            if weight.dim() == 4:
+                left = weight != 0
+                assert (weight != dense[key])[left].float().mean() > 0.99, (name, key)
+
+
+def test_one_shot_prunes_the_smallest_weights_of_the_dense_network(experiment):
+    folder, _ = experiment
+    network = models.build("resnet20", 2)
+    network.load_state_dict(net(folder / "ckpt.pth"))
+    masks = pruning.choose(network, round(0.875 * WEIGHTS))
+    pruned = net(folder / "87.5percent_single_ckpt.pth")
+    assert all(torch.equal(pruned[name] != 0, mask) for name, mask in masks.items())
+
+
+def test_a_target_asked_for_alone_gives_the_same_file_and_another_seed_does_not(experiment, images, tmp_path):
+    folder, _ = experiment
+    shutil.copy(folder / "ckpt.pth", tmp_path)
+    alone = (*SMALL, *SMALL_PRUNING, "-pr", "0.875", "--dataset", images, "--checkpoint-dir", tmp_path)
+    for mode in "single", "iter":
+        succeed("main.py", *alone, "-shot", mode)
+        name = f"87.5percent_{mode}_ckpt.pth"
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    succeed("main.py", *alone, "-shot", "single", "--seed", "1", "--force")
+    other, first = (net(f / "87.5percent_single_ckpt.pth") for f in (tmp_path, folder))
+    assert not torch.equal(other["linear.weight"], first["linear.weight"])
+
+
+def test_the_same_command_gives_the_same_dense_network_and_another_seed_does_not(experiment, images, tmp_path):
+    folder, _ = experiment
+    succeed("main.py", *SMALL, "--dataset", images, "--checkpoint-dir", tmp_path / "0")
+    assert (tmp_path / "0" / "ckpt.pth").read_bytes() == (folder / "ckpt.pth").read_bytes()
+    succeed("main.py", *SMALL, "--dataset", images, "--checkpoint-dir", tmp_path / "1", "--seed", "1")
+    assert not torch.equal(net(tmp_path / "1" / "ckpt.pth")["conv1.weight"], net(folder / "ckpt.pth")["conv1.weight"])
+
+
+def test_what_is_there_is_skipped_and_force_makes_it_again(experiment, images, tmp_path):
+    folder = copy(experiment[0], tmp_path / "checkpoint")
+    line = (*SMALL, *SMALL_PRUNING, "-pr", "0.5", "-shot", "single", "--dataset", images, "--checkpoint-dir", folder)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
+    printed = succeed("main.py", *line, "--lr", "0.05")
+    assert "50percent_single_ckpt.pth is there already (lr 0.1 there, 0.05 asked): skipped" in printed
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
+    succeed("main.py", *line, "--force")
+    changed = {path.name for path in folder.glob("*.pth") if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {"50percent_single_ckpt.pth"}
+
+
+def test_results_of_other_networks_and_images_are_never_overwritten(experiment, images, tmp_path):
+    folder = copy(experiment[0], tmp_path / "checkpoint")
+    before = (folder / "ckpt.pth").read_bytes()
+    for other in (("--arch", "resnet18"), ("--dataset", "digits"), ("--image-size", "32")):
+        flags = (*SMALL, "--dataset", images, *other)
+        done = command("main.py", *flags, "--checkpoint-dir", folder, "--force")
+        assert done.returncode == 2
+        assert "is of another experiment" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert (folder / "ckpt.pth").read_bytes() == before
+
+
+def test_pruning_starts_from_a_pytorch_cifar_checkpoint(experiment, images, tmp_path):
+    folder, _ = experiment
+    theirs = {f"module.{name}": value for name, value in net(folder / "ckpt.pth").items()}
+    torch.save({"net": theirs, "acc": 99.0, "epoch": 3}, tmp_path / "ckpt.pth")
+    before = (tmp_path / "ckpt.pth").read_bytes()
+    line = (*SMALL, *SMALL_PRUNING, "-pr", "0.5", "-shot", "single", "--dataset", images, "--checkpoint-dir", tmp_path)
+    succeed("main.py", *line)
+    assert (tmp_path / "ckpt.pth").read_bytes() == before
+    name = "50percent_single_ckpt.pth"
+    assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_report_counts_and_measures(experiment, images, tmp_path):
+    folder = copy(experiment[0], tmp_path / "checkpoint")
+    printed = succeed("test.py", "--checkpoint-dir", folder, "--dataset", images, "--layers")
+    assert re.search(r"layer3\.2\.conv2\.weight +0\.00 ", printed)
+    with open(folder / "results.csv") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["ckpt.pth", *(f"{p}percent_{m}_ckpt.pth" for m in ("single", "iter") for p in ("50", "87.5"))]
+    row = rows["87.5percent_iter_ckpt.pth"]
+    assert int(row["zeros"]) == round(0.875 * WEIGHTS)
+    assert float(row["sparsity"]) == pytest.approx(100 * int(row["zeros"]) / WEIGHTS)
+    parameters = sum(parameter.numel() for parameter in models.build("resnet20", 2).parameters())
+    assert float(row["sparsity_all_parameters"]) == pytest.approx(100 * int(row["zeros"]) / parameters)
+    stored = torch.load(folder / row["file"], weights_only=True)
+    assert float(row["accuracy"]) == stored["acc"]
+    assert float(row["accuracy_before"]) == torch.load(folder / "ckpt.pth", weights_only=True)["acc"]
+    assert float(row["drop"]) == pytest.approx(float(row["accuracy_before"]) - float(row["accuracy"]))
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_reads_files_of_the_classic_script(experiment, images, tmp_path):
+    for theirs, ours in ("ckpt.pth", "ckpt.pth"), ("50.0percent_iter_ckpt.pth", "50percent_iter_ckpt.pth"):
+        checkpoint = torch.load(experiment[0] / ours, weights_only=True)
+        torch.save({key: checkpoint[key] for key in ("net", "acc", "epoch")}, tmp_path / theirs)
+    printed = succeed("test.py", "--checkpoint-dir", tmp_path, "--dataset", images, "--image-size", "16")
+    assert re.search(r"50\.0percent_iter_ckpt\.pth +50\.00 +50\.0000", printed)
+
+
+LIES = [
+    (lambda c: c.update(acc=c["acc"] - 30), "says its test accuracy is"),
+    (lambda c: c.update(acc=float("nan")), "says its test accuracy is nan"),
+    (lambda c: c.update(dense_acc=1.0), "says the dense accuracy is 1.00 %"),
+    (lambda c: c["net"]["conv1.weight"].zero_(), "weights are zero"),
+    (lambda c: c["net"]["layer3.2.conv2.weight"].fill_(1e-9), "weights are zero"),
+    (lambda c: c["settings"].update(sparsity=0.9), "should be 90 % zero, and is 50.00 %"),
+    (lambda c: c["settings"].update(parent="x"), "was pruned from another network"),
+    (lambda c: c["settings"].update(contents="x"), "was made with other images"),
+]
+
+
+def test_the_report_finds_what_a_file_says_wrong(experiment, images, tmp_path):
+    """One run for all: each lie is told by a copy of its own, 50.percent, 50.0percent, 50.00percent, ..."""
+    folder = copy(experiment[0], tmp_path / "checkpoint")
+    liars = {}
+    for index, (change, message) in enumerate(LIES, start=1):
+        checkpoint = torch.load(folder / "50percent_single_ckpt.pth", weights_only=True)
+        change(checkpoint)
+        name = f"50.{'0' * index}percent_single_ckpt.pth"
+        store.save(folder / name, checkpoint)
+        liars[name] = message
+    done = command("test.py", "--checkpoint-dir", folder, "--dataset", images)
+    assert done.returncode == 1
+    for name, message in liars.items():
+        assert any(f"/{name} " in line and message in line for line in done.stderr.splitlines()), (name, message)
+    honest = {f"{result}_ckpt.pth" for result in RESULTS}
+    assert not any(f"/{name} " in done.stderr for name in honest), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "87.5percent_iter_ckpt.pth" in done.stdout
+
+
+def test_the_report_names_bad_files_and_goes_on(experiment, images, tmp_path):
+    folder = copy(experiment[0], tmp_path / "checkpoint")
+    (folder / "50percent_iter_ckpt.pth").write_text("hello")
+    store.save(folder / "75percent_iter_ckpt.pth", {"net": models.build("resnet20", 3).state_dict()})
+    (folder / "50percent_single_ckpt.pth").rename(folder / "60percent_single_ckpt.pth")
+    done = command("test.py", "--checkpoint-dir", folder, "--dataset", images)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 3, done.stderr
+    for message in (
+        "50percent_iter_ckpt.pth is not a checkpoint",
+        "tells 3 classes apart",
+        "not for what its name says",
+    ):
+        assert message in done.stderr
+    assert "87.5percent_iter_ckpt.pth" in done.stdout

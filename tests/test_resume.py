@@ -1,0 +1,120 @@
+"""An experiment that is killed and resumed ends with the files of one that never stopped."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SMALL, SMALL_PRUNING, command, write_images
+
+import store
+import utils
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A command of many short epochs, and the files that it leaves when nothing stops it."""
+    folder = tmp_path_factory.mktemp("resume")
+    images = write_images(folder / "images", train=60)
+    line = ["main.py", *SMALL, *SMALL_PRUNING, "--epochs", "25", "--retrain-epochs", "12", "--final-epochs", "12"]
+    line += ["-pr", "0.5", "0.8", "-shot", "single", "iter", "--dataset", images]
+    done = command(*line, "--checkpoint-dir", folder / "whole")
+    assert done.returncode == 0, done.stderr
+    return line, results(folder / "whole")
+
+
+def results(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.pth"))}
+
+
+def start(line: list, folder) -> subprocess.Popen:
+    script, *arguments = (str(part) for part in line)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *arguments, "--checkpoint-dir", str(folder), "-r"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+
+
+def progress(folder) -> int:
+    """Changes whenever the run has written something."""
+    paths = [*folder.glob("*.pth"), *folder.glob("resume/*")]
+    return max((path.stat().st_mtime_ns for path in paths), default=0)
+
+
+def test_killed_at_random_moments_and_resumed_the_files_are_the_same(setting, tmp_path, pytestconfig):
+    line, whole = setting
+    moments, kills = random.Random(0), 0
+    while kills < pytestconfig.getoption("kills"):
+        run, before = start(line, tmp_path), progress(tmp_path)
+        while run.poll() is None and progress(tmp_path) == before:  # every life gets at least one epoch further
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.4))
+        run.kill()
+        run.communicate()
+        if run.returncode == 0:  # finished before it was killed: start over
+            assert results(tmp_path) == whole
+            for path in tmp_path.glob("*.pth"):
+                path.unlink()
+        kills += run.returncode == -signal.SIGKILL
+    run = start(line, tmp_path)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert results(tmp_path) == whole
+    assert not (tmp_path / "resume").exists()
+    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_run_in_order(setting, tmp_path, number, code):
+    line, whole = setting
+    run = start(line, tmp_path)
+    while run.poll() is None and not progress(tmp_path):
+        time.sleep(0.01)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert "the same command with -r goes on" in errors
+    assert errors.count("\n") == 1
+    refused = command(*line, "--checkpoint-dir", tmp_path)
+    assert refused.returncode == 2
+    assert "holds an interrupted run (dense): -r goes on with it" in refused.stderr
+    other = command(*line, "--checkpoint-dir", tmp_path, "-r", "--lr", "0.05", "--seed", "1")
+    assert other.returncode == 2
+    assert "lr 0.1 there, 0.05 asked, seed 0 there, 1 asked" in other.stderr
+    run = start(line, tmp_path)
+    run.communicate()
+    assert results(tmp_path) == whole
+
+
+def test_two_runs_in_one_directory_do_not_meet(tmp_path):
+    first = store.Directory(tmp_path, ["ckpt.pth"], False, False, 0)
+    with pytest.raises(utils.Failure, match="another run is at work"):
+        store.Directory(tmp_path, ["ckpt.pth"], False, False, 0)
+    first.lock.release()
+    store.Directory(tmp_path, ["ckpt.pth"], False, False, 0).lock.release()
+
+
+def test_a_directory_that_cannot_be_used_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(utils.Failure, match="file cannot be written"):
+        store.Directory(tmp_path / "file", [], False, False, 0)
+    with pytest.raises(utils.Failure, match="MB of disk left"):
+        store.Directory(tmp_path / "full", [], False, False, 10**18)
+
+
+def test_forced_results_are_remembered_until_they_are_made(tmp_path):
+    store.save(tmp_path / "ckpt.pth", {})
+    first = store.Directory(tmp_path, ["ckpt.pth"], resume=False, force=True, bytes_needed=0)
+    assert not first.has("ckpt.pth")
+    first.lock.release()
+    again = store.Directory(tmp_path, ["ckpt.pth"], resume=True, force=True, bytes_needed=0)
+    assert not again.has("ckpt.pth")
+    again.finish("ckpt.pth", {"new": 1})
+    assert again.has("ckpt.pth")
+    again.lock.release()
