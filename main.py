@@ -183,8 +183,7 @@ class Lab:
         self.dtype = utils.choose_dtype(args.precision, device)
         self.settings = {
             "arch": args.arch,
-            "dataset": images.name,
-            "contents": images.contents,
+            "dataset": images.identity,
             "image_size": args.image_size,
             "lr": args.lr,
             "batch_size": args.batch_size,
@@ -219,7 +218,7 @@ class Lab:
             if replaced:
                 return
             raise
-        mine = {name: self.settings[name] for name in ("arch", "dataset", "contents", "image_size")}
+        mine = {name: self.settings[name] for name in ("arch", "dataset", "image_size")}
         mine["classes"] = len(self.images.classes)
         theirs = mine | checkpoint.get("settings", {})
         theirs |= {"arch": checkpoint["arch"], "classes": len(checkpoint["net"]["linear.weight"])}

@@ -60,7 +60,7 @@ def main() -> int:
         if dense and checkpoint.get("settings", {}).get("parent", dense_digest) != dense_digest:
             problems.append(f"{path} was pruned from another network than {DENSE}: main.py --force makes it again")
             parent = None
-        rows.append(Row.of(path, checkpoint, layers[path.name], score, parent))
+        rows.append(Row.of(path, images.name, checkpoint, layers[path.name], score, parent))
         problems += contradictions(path, checkpoint, rows[-1], score, parent)
         if path.name == DENSE:
             dense, dense_digest = score, store.digest(checkpoint["net"])
@@ -104,8 +104,8 @@ def load_images(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> data
     """The data set asked for; without a word from the user, the one that the checkpoints were made with."""
     settings = next((c["settings"] for c in checkpoints.values() if "settings" in c), {})
     name = args.dataset or settings.get("dataset", "cifar10")
-    if not args.dataset and settings.get("contents"):
-        raise utils.Failure(f"these checkpoints were made with a folder named {name}: say where it is with --dataset")
+    if not args.dataset and name.startswith("folder "):
+        raise utils.Failure("these checkpoints were made with a folder of images: say where it is with --dataset")
     return data.load(name, args.data_dir, args.image_size or settings.get("image_size", 32))
 
 
@@ -115,7 +115,7 @@ def check_data(path: Path, checkpoint: dict, images: data.Dataset) -> None:
     if classes != len(images.classes):
         raise utils.Failure(f"{path} tells {classes} classes apart, and {images.name} has {len(images.classes)}")
     settings = checkpoint.get("settings", {})
-    mine = {"dataset": images.name, "contents": images.contents, "image_size": images.test.images.shape[1]}
+    mine = {"dataset": images.identity, "image_size": images.test.images.shape[1]}
     if settings and (other := store.difference(settings, mine)):
         raise utils.Failure(f"{path} was made with other images: {other}")
 
@@ -141,7 +141,9 @@ class Row:
     file_bytes: int
 
     @classmethod
-    def of(cls, path: Path, checkpoint: dict, layers: dict, score: engine.Score, dense: engine.Score | None) -> "Row":
+    def of(
+        cls, path: Path, dataset: str, checkpoint: dict, layers: dict, score: engine.Score, dense: engine.Score | None
+    ) -> "Row":
         name = PRUNED_NAME.fullmatch(path.name)
         settings = checkpoint.get("settings", {})
         asked = 100 * settings["sparsity"] if "sparsity" in settings else float(name["percent"]) if name else None
@@ -153,7 +155,7 @@ class Row:
         return cls(
             file=path.name,
             arch=checkpoint["arch"],
-            dataset=settings.get("dataset", ""),
+            dataset=dataset,
             mode=settings.get("mode", name["mode"] if name else "dense"),
             sparsity_asked=asked,
             sparsity=100 * zeros / weights,
@@ -234,7 +236,7 @@ def picture(rows: list[Row]) -> bytes:
         if points:
             axes.plot(*zip(*points), marker=marker, label=label)
     axes.set(xlabel="zeros among the weights of the pruned layers (%)", ylabel="test accuracy (%)")
-    axes.set_title(" on ".join(filter(None, (rows[0].arch, rows[0].dataset))))
+    axes.set_title(f"{rows[0].arch} on {rows[0].dataset}")
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()

@@ -59,7 +59,7 @@ def test_checkpoints_hold_plain_weights_with_exactly_the_zeros_asked_for(experim
         assert len(checkpoint["history"]) == epochs
         assert {"stage", "epoch", "lr", "loss", "accuracy", "sparsity"} <= set(checkpoint["history"][0])
         settings = checkpoint["settings"]
-        assert (settings["arch"], settings["dataset"], settings["seed"]) == ("resnet20", "shades", 0)
+        assert (settings["arch"], settings["image_size"], settings["seed"]) == ("resnet20", 16, 0)
         assert checkpoint["classes"] == ["dark", "light"]
 
 
@@ -175,7 +175,7 @@ LIES = [
     (lambda c: c["net"]["layer3.2.conv2.weight"].fill_(1e-9), "weights are zero"),
     (lambda c: c["settings"].update(sparsity=0.9), "should be 90 % zero, and is 50.00 %"),
     (lambda c: c["settings"].update(parent="x"), "was pruned from another network"),
-    (lambda c: c["settings"].update(contents="x"), "was made with other images"),
+    (lambda c: c["settings"].update(dataset="x"), "was made with other images"),
 ]
 
 

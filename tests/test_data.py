@@ -103,11 +103,13 @@ def test_grey_images_of_16_bits_keep_their_range(tmp_path):
     assert set(data._read([str(tmp_path / "a.png")], 16).flatten().tolist()) == {128}
 
 
-def test_contents_tell_folders_of_the_same_name_apart(tmp_path):
+def test_a_folder_is_known_by_its_files_wherever_it_is(tmp_path):
     one = data.load(str(write_images(tmp_path / "1" / "x")), Path("unused"), 16)
     two = data.load(str(write_images(tmp_path / "2" / "x", train=41)), Path("unused"), 16)
     assert one.name == two.name
-    assert one.contents != two.contents
+    assert one.identity != two.identity
+    shutil.move(tmp_path / "1" / "x", tmp_path / "y")
+    assert data.load(str(tmp_path / "y"), Path("unused"), 16).identity == one.identity
 
 
 def broken(folder: Path, how: str) -> None:
