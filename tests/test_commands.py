@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import SMALL, SMALL_PRUNING, command, succeed
 
+import data
+import engine
 import models
 import pruning
 import store
+import utils
 
 RESULTS = ["50percent_iter", "50percent_single", "87.5percent_iter", "87.5percent_single"]
 WEIGHTS = 270_384  # of resnet20 with two classes
@@ -81,6 +84,28 @@ def test_one_shot_prunes_the_smallest_weights_of_the_dense_network(experiment):
     masks = pruning.choose(network, round(0.875 * WEIGHTS))
     pruned = net(folder / "87.5percent_single_ckpt.pth")
     assert all(torch.equal(pruned[name] != 0, mask) for name, mask in masks.items())
+
+
+def test_pruned_weights_are_zero_at_every_step_of_retraining(experiment, images):
+    """Against a retraining by hand that zeroes them after each step: zeroing them only at the end gives other weights."""
+    folder, _ = experiment
+    network = models.build("resnet20", 2)
+    network.load_state_dict(net(folder / "ckpt.pth"))
+    network.to(memory_format=torch.channels_last)
+    masks = pruning.choose(network, round(0.875 * WEIGHTS))
+
+    @torch.no_grad()
+    def zero() -> None:
+        for name, weight in pruning.prunable(network).items():
+            weight[~masks[name]] = 0
+
+    zero()
+    cpu = torch.device("cpu")
+    batches = data.TrainBatches(data.load(str(images), folder, 16), 16, 0, cpu)
+    dtype = utils.choose_dtype("auto", cpu)
+    engine.fit(network, batches, stage="87.5percent_single", epochs=2, lr=0.1, dtype=dtype, after_step=zero)
+    for name, value in net(folder / "87.5percent_single_ckpt.pth").items():
+        torch.testing.assert_close(network.state_dict()[name], value, msg=name)
 
 
 def test_a_target_asked_for_alone_gives_the_same_file_and_another_seed_does_not(experiment, images, tmp_path):
