@@ -87,7 +87,7 @@ def test_one_shot_prunes_the_smallest_weights_of_the_dense_network(experiment):
 
 
 def test_pruned_weights_are_zero_at_every_step_of_retraining(experiment, images):
-    """Against a retraining by hand that zeroes them after each step: zeroing them only at the end gives other weights."""
+    """Against a retraining by hand that zeroes them after each step: doing it only at the end gives other weights."""
     folder, _ = experiment
     network = models.build("resnet20", 2)
     network.load_state_dict(net(folder / "ckpt.pth"))
