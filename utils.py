@@ -24,12 +24,20 @@ class Interrupted(Exception):
     """A signal asked the program to stop. What was done so far is saved."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def __init__(self, **options):
         # An abbreviation that works today is ambiguous when the next flag is added.
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
