@@ -111,7 +111,9 @@ def train_dense(lab: "Lab") -> dict:
     path = lab.directory.path / DENSE
     if lab.args.pr and lab.directory.has(DENSE):
         dense = lab.load_dense()
-        print(f"{path} is pruned, test accuracy {dense['acc']:.2f} %{lab.other_settings(dense, lab.settings)}")
+        print(
+            f"pruning starts from {path}, test accuracy {dense['acc']:.2f} %{lab.other_settings(dense, lab.settings)}"
+        )
         return dense
     if lab.args.pr:
         print(f"{path} is missing: training the dense network first")

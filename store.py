@@ -151,20 +151,20 @@ class Directory:
         """`asked`: the results of this run, by file name. Failure when the directory cannot be worked in."""
         self.path, self.states = path, path / "resume"
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self.states.mkdir(exist_ok=True)
+            there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            free = shutil.disk_usage(there).free
+            if free < bytes_needed:
+                raise Failure(f"{path} has {free / 1e6:.0f} MB of disk left and this needs {bytes_needed / 1e6:.0f} MB")
+            self.states.mkdir(parents=True, exist_ok=True)
             (path / ".lock").touch()  # filelock itself waits and retries where it may not write
             self.lock = filelock.FileLock(path / ".lock", timeout=0)
             self.lock.acquire()
             for leftover in [*path.glob(".*.tmp"), *self.states.glob(".*.tmp")]:
                 leftover.unlink()
-            free = shutil.disk_usage(path).free
         except filelock.Timeout:
             raise Failure(f"{path} is in use: another run is at work there") from None
         except OSError as error:
             raise Failure(f"{path} cannot be written: {error.strerror or error}") from None
-        if free < bytes_needed:
-            raise Failure(f"{path} has {free / 1e6:.0f} MB of disk left and this needs {bytes_needed / 1e6:.0f} MB")
         unfinished = sorted(file.stem for file in self.states.glob("*.pt"))
         if unfinished and not (resume or force):
             names = ", ".join(unfinished)

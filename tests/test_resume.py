@@ -108,6 +108,7 @@ def test_a_directory_that_cannot_be_used_is_refused_at_the_start(tmp_path):
         store.Directory(tmp_path / "file", [], False, False, 0)
     with pytest.raises(utils.Failure, match="MB of disk left"):
         store.Directory(tmp_path / "full", [], False, False, 10**18)
+    assert not (tmp_path / "full").exists()
 
 
 def test_forced_results_are_remembered_until_they_are_made(tmp_path):
@@ -120,3 +121,21 @@ def test_forced_results_are_remembered_until_they_are_made(tmp_path):
     again.finish("ckpt.pth", {"new": 1})
     assert again.has("ckpt.pth")
     again.lock.release()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX systems can")
+def test_a_write_that_fails_in_the_middle_of_a_run_is_one_line_and_can_be_resumed(setting, tmp_path):
+    """A limit on the size of files stands for a full disk: a few bytes are written, then no more."""
+    import resource
+
+    script, *arguments = map(str, setting[0])
+    limited = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments, "--checkpoint-dir", str(tmp_path)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert limited.returncode == 1
+    assert limited.stderr == f"main.py: {tmp_path / 'resume' / 'dense.pt'} cannot be written: File too large\n"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
