@@ -293,8 +293,11 @@ class Lab:
     ) -> None:
         """Measure a network on the test set, once, and write its checkpoint."""
         score = engine.evaluate(network, self.test_batches)
+        net = store.plain_state(network)
+        if not all(value.isfinite().all() for value in net.values()):
+            raise utils.Failure(f"{result} would hold values that are not finite: a smaller --lr may help", code=1)
         checkpoint = {
-            "net": store.plain_state(network),
+            "net": net,
             "acc": score.accuracy,
             "epoch": history[-1]["epoch"] - 1,  # an index, as pytorch-cifar counts
             "loss": score.loss,
