@@ -5,7 +5,10 @@ the device that trains: many times faster than one image at a time, with the sam
 """
 
 import hashlib
+import io
+import os
 import socket
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,15 +123,29 @@ def _digits(image_size: int) -> Dataset:
 
 
 def _folder(folder: Path, image_size: int) -> Dataset:
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
     if not folder.is_dir():
         raise Failure(f"--dataset {folder} is neither cifar10, cifar100 or digits nor a folder")
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise Failure(f"{folder} has no folder {part}/: it needs train/<class>/ and test/<class>/ with images")
+
+    class Visible(ImageFolder):
+        """Hidden folders and files, as notebooks and file managers leave them, are not images."""
+
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+            if not classes:
+                raise FileNotFoundError(f"{directory} has no class folders")
+            return classes, {name: index for index, name in enumerate(classes)}
+
+    def visible(path: str) -> bool:
+        hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+        return path.lower().endswith((*IMG_EXTENSIONS, ".gif")) and not hidden
+
     try:
-        train, test = ImageFolder(folder / "train"), ImageFolder(folder / "test")
+        train, test = (Visible(str(folder / part), is_valid_file=visible) for part in ("train", "test"))
     except OSError as error:
         raise Failure(f"{folder} is not a folder of images: {error}") from None
     if train.classes != test.classes:
@@ -137,40 +154,47 @@ def _folder(folder: Path, image_size: int) -> Dataset:
     if len(train.classes) < 2:
         raise Failure(f"{folder} has one class only, {train.classes[0]}: there is nothing to tell apart")
     sha = hashlib.sha256()
-    for path, _ in train.samples + test.samples:
-        sha.update(f"{Path(path).relative_to(folder).as_posix()} {Path(path).stat().st_size}\n".encode())
-    splits = (
-        Split(_read([path for path, _ in part.samples], image_size), torch.tensor(part.targets))
-        for part in (train, test)
-    )
+    splits = []
+    for part in (train, test):
+        paths = [path for path, _ in part.samples]
+        images, digests = _read(paths, image_size)
+        splits.append(Split(images, torch.tensor(part.targets)))
+        for path, digest in zip(paths, digests):
+            sha.update(os.fsencode(Path(path).relative_to(folder).as_posix()) + digest)
     return Dataset(folder.resolve().name, f"folder {sha.hexdigest()[:16]}", train.classes, *splits)
 
 
-def _read(paths: list[str], size: int) -> Tensor:
-    """Image files -> (N, size, size, 3) uint8. Failure names a file that is broken."""
-
+def _read(paths: list[str], size: int) -> tuple[Tensor, list[bytes]]:
+    """Image files -> (N, size, size, 3) uint8, and a digest of each file. Failure names a file that is broken."""
     images = np.empty((len(paths), size, size, 3), np.uint8)
+    digests = [b""] * len(paths)
 
     def read(start: int) -> None:
         for index, path in enumerate(paths[start : start + chunk], start):
             try:
-                with Image.open(path) as image:
+                content = Path(path).read_bytes()
+                digests[index] = hashlib.sha256(content).digest()
+                with Image.open(io.BytesIO(content)) as image:
                     images[index] = _pixels(image, size)
             except Exception as error:  # Pillow's decoders raise many kinds on a broken file
-                raise Failure(f"{path} cannot be read as an image: {error}") from None
+                reason = str(error).split(" <_io")[0]  # the address of a buffer helps nobody
+                raise Failure(f"{path} cannot be read as an image: {reason}") from None
 
     chunk = 500  # small images cost less to read than to hand to a thread one by one
     starts = range(0, len(paths), chunk)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings(action="ignore"):  # of transparency and of large images
         for _ in tqdm(pool.map(read, starts), "reading images", len(starts), leave=False, disable=None):
             pass
-    return torch.from_numpy(images)
+    return torch.from_numpy(images), digests
 
 
 def _pixels(image: Image.Image, size: int) -> np.ndarray:
     """Any image -> (size, size, 3) uint8 RGB."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8 and not scale
-        image = Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 256).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):  # more than 8 bits of grey, which Pillow would clip and not scale
+        grey = np.asarray(image, np.int64).clip(0, 65535)
+        image = Image.fromarray((grey // 256 if image.mode != "I" or grey.max() > 255 else grey).astype(np.uint8))
     image = image.convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)

@@ -103,12 +103,12 @@ def fit(
                     rate = f"{cosine(lr, done / steps):.4f}"
                     bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", lr=rate, **means(sums), refresh=False)
                 if stop_requested():
-                    check(sums, stage, epoch)
+                    check(network, sums, stage, epoch)
                     keep(snapshot(epoch, step))
                     raise Interrupted(
                         f"stopped in {stage}, epoch {epoch + 1} of {epochs}; the same command with -r goes on"
                     )
-            check(sums, stage, epoch)
+            check(network, sums, stage, epoch)
             history.append({"stage": stage, "epoch": epoch + 1, "lr": cosine(lr, done / steps), **means(sums)})
             sums.zero_()
             first = 0
@@ -138,7 +138,7 @@ def means(sums: Tensor) -> dict[str, float]:
     return {"loss": loss / images, "accuracy": 100 * correct / images}
 
 
-def check(sums: Tensor, stage: str, epoch: int) -> None:
-    """Failure when the loss is not finite, before a state without a future replaces a good one."""
-    if not sums.isfinite().all():
+def check(network: nn.Module, sums: Tensor, stage: str, epoch: int) -> None:
+    """Failure when the loss or a weight is not finite, before a state without a future replaces a good one."""
+    if not all(value.isfinite().all() for value in (sums, *network.state_dict().values())):
         raise Failure(f"the loss is not finite in {stage}, epoch {epoch + 1}: a smaller --lr may help", code=1)

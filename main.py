@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     pruned.add_argument(
         "-pr",
         nargs="+",
+        action="extend",
         type=utils.sparsity,
         default=[],
         metavar="SPARSITY",
@@ -38,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     pruned.add_argument(
         "-shot",
         nargs="+",
+        action="extend",
         choices=("single", "iter"),
         default=[],
         help="prune at once, or in steps with retraining between them",
@@ -109,6 +111,8 @@ def train_dense(lab: "Lab") -> dict:
     """Make ckpt.pth if it is not there; return it."""
     settings = lab.settings | {"epochs": lab.args.epochs}
     path = lab.directory.path / DENSE
+    if lab.directory.has(DENSE):
+        lab.directory.forget("dense")
     if lab.args.pr and lab.directory.has(DENSE):
         dense = lab.load_dense()
         print(
@@ -132,6 +136,7 @@ def prune_one_shot(lab: "Lab", dense: dict, sparsity: float) -> None:
     result, stage = result_name(sparsity, "single"), f"{100 * sparsity:g}percent_single"
     settings = lab.pruned_settings(dense, "single") | {"sparsity": sparsity, "retrain_epochs": lab.args.retrain_epochs}
     if lab.skip(result, settings):
+        lab.directory.forget(stage)
         return
     network = lab.place(store.network_of(dense))
     masks = pruning.choose(network, round(sparsity * lab.weights))
@@ -149,7 +154,9 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     for sparsity in targets:
         result = result_name(sparsity, "iter")
         settings = steps | {"sparsity": sparsity, "final_epochs": args.final_epochs}
+        stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
         if lab.skip(result, settings):
+            lab.directory.forget(*stages)
             continue
         *shared, last = pruning.levels(lab.weights, sparsity, args.step)
         if trunk is None or trunk["step"] > len(shared):
@@ -163,7 +170,6 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
             trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
-        stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
         masks = pruning.choose(network, last, masks)
         for stage, epochs in zip(stages, (args.step_epochs, args.final_epochs)):
             history = history + lab.train(network, stage, epochs, settings, masks)

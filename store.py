@@ -61,6 +61,8 @@ def _canonical(value: object) -> object:
 
 def load(path: Path) -> object:
     """Read what `save` wrote, or any file of tensors, on the CPU. Failure when it is not such a file."""
+    if path.exists() and not path.is_file():
+        raise Failure(f"{path} is not a file")
     try:
         with warnings.catch_warnings(action="ignore"):  # of formats; the error below says enough
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -86,25 +88,46 @@ def load_checkpoint(path: Path) -> dict:
         raise Failure(f"{path} is not a checkpoint: it has no 'net' with the weights of a network")
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items()):
         raise Failure(f"{path} is not a checkpoint: its 'net' has entries that are not tensors")
-    numbers = {name: checkpoint[name] for name in ("acc", "dense_acc", "zeros", "loss", "epoch") if name in checkpoint}
-    settings = checkpoint.get("settings", {})
-    if not all(isinstance(value, (int, float)) for value in numbers.values()) or not isinstance(settings, dict):
-        raise Failure(f"{path} is not a checkpoint: its {', '.join(numbers)} or settings are of another type")
-    plain = {}
-    for name, value in net.items():
-        counter = name.endswith("num_batches_tracked")
-        if value.layout != torch.strided or not (counter or value.is_floating_point()):
-            raise Failure(f"{path} has {name} in a form that is not a float tensor")
-        if not value.isfinite().all():
-            raise Failure(f"{path} has values in {name} that are not finite")
-        # DataParallel and torch.compile put their own names in front.
-        plain[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = value if counter else value.float()
+    classes = net["linear.weight"].shape[0] if getattr(net.get("linear.weight"), "ndim", 0) == 2 else 2
+    if classes < 2:
+        raise Failure(f"{path} is of a network for {classes} classes, and there must be two or more")
+    # DataParallel and torch.compile put their own names in front.
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value.detach() for name, value in net.items()}
     if len(plain) < len(net):
         raise Failure(f"{path} has weights both with and without a prefix of the same name")
     try:
-        return {**checkpoint, "net": plain, "arch": models.identify(plain)}
+        arch = models.identify(plain)  # by names and shapes, before any value is touched
     except ValueError as error:
         raise Failure(f"{path} {error}") from None
+    for name, value in plain.items():
+        counter = name.endswith("num_batches_tracked")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex() or value.is_quantized:
+            raise Failure(f"{path} has {name} in a form that is not a plain tensor")
+        if not counter and not value.is_floating_point():
+            raise Failure(f"{path} has {name} in a form that is not a float tensor")
+        plain[name] = value.long() if counter else value.float()
+        if not plain[name].isfinite().all():
+            raise Failure(f"{path} has values in {name} that are not finite")
+    return {**checkpoint, **_checked_facts(path, checkpoint), "net": plain, "arch": arch}
+
+
+def _checked_facts(path: Path, checkpoint: dict) -> dict:
+    """What a checkpoint says of its network, if it says it in the way that main.py does."""
+    facts = {name: checkpoint[name] for name in ("acc", "dense_acc", "loss", "zeros", "epoch") if name in checkpoint}
+    for name, value in facts.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            facts[name] = value = value.item()
+        if not isinstance(value, (int, float)) or not abs(value) < 1e12:
+            raise Failure(f"{path} is not a checkpoint: its {name} is not a finite number")
+    if "settings" in checkpoint:
+        settings = checkpoint["settings"]
+        kinds = {"arch": str, "dataset": str, "image_size": int, "parent": str, "mode": str, "sparsity": (int, float)}
+        good = isinstance(settings, dict) and "acc" in facts and "zeros" in facts
+        good = good and {"arch", "dataset", "image_size"} <= set(settings)
+        good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
+        if not (good and 0 <= settings.get("sparsity", 0) < 1):
+            raise Failure(f"{path} is not a checkpoint: its settings are not what main.py writes")
+    return facts
 
 
 def plain_state(network: nn.Module) -> dict[str, Tensor]:
@@ -143,8 +166,8 @@ class Directory:
     """A checkpoint directory while one run works in it: its lock, its results and its unfinished stages.
 
     An unfinished stage is one file in `resume/`: the state it goes on from and the settings it was made with.
-    `resume/redo.json` lists the results that --force asked for and that are still to be made again: the old
-    ones stay until then.
+    `resume/redo.json` has the results that --force asked for, and of each whether it is still to be made again:
+    the old ones stay until then.
     """
 
     def __init__(self, path: Path, asked: list[str], resume: bool, force: bool, bytes_needed: int):
@@ -172,19 +195,19 @@ class Directory:
         if not resume:
             self.forget(*unfinished)
         self.redo_file = self.states / "redo.json"
-        if resume and self.redo_file.exists():
-            self.redo = json.loads(self.redo_file.read_text())
-        else:
-            self._set_redo([name for name in asked if force and (path / name).exists()])
+        known = self._read_redo() if resume else {}
+        if force:  # what an interrupted run was asked to make again stays as it left it
+            known = {name: True for name in asked if (path / name).exists()} | known
+        self._set_redo(known)
 
     def has(self, result: str) -> bool:
         """Whether the result of that file name is there and is to stay."""
-        return (self.path / result).exists() and result not in self.redo
+        return (self.path / result).exists() and not self.redo.get(result)
 
     def finish(self, result: str, checkpoint: dict) -> None:
         """Write a result."""
         save(self.path / result, checkpoint)
-        self._set_redo([name for name in self.redo if name != result])
+        self._set_redo(self.redo | {result: False} if result in self.redo else self.redo)
 
     def keep(self, stage: str, settings: dict, state: dict) -> None:
         """Write the state from which `stage` can go on."""
@@ -196,6 +219,8 @@ class Directory:
         if not path.exists():
             return None
         saved = load(path)
+        if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in ("settings", "state")):
+            raise Failure(f"{path} is damaged: --force starts again")
         if other := difference(saved["settings"], settings):
             raise Failure(f"{path} was made with other settings: {other}")
         return saved["state"]
@@ -207,11 +232,25 @@ class Directory:
 
     def close(self) -> None:
         """The end of a run that finished: nothing is left to go on with."""
-        self.redo_file.unlink(missing_ok=True)
+        if not any(self.redo.values()):
+            self.redo_file.unlink(missing_ok=True)
         if not any(self.states.iterdir()):
             self.states.rmdir()
 
-    def _set_redo(self, names: list[str]) -> None:
+    def _read_redo(self) -> dict[str, bool]:
+        try:
+            names = json.loads(self.redo_file.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            names = None
+        if not isinstance(names, dict):
+            raise Failure(
+                f"{self.redo_file} is damaged: without it, -r goes on, but what --force asked for is forgotten"
+            )
+        return names
+
+    def _set_redo(self, names: dict[str, bool]) -> None:
         self.redo = names
         if names:
             write(self.redo_file, json.dumps(names).encode())

@@ -10,8 +10,10 @@ that cannot be read, or that says something else than is found, is named, and th
 import argparse
 import csv
 import io
+import math
 import re
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,6 +46,8 @@ def main() -> int:
     utils.set_up(device)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     checkpoints, problems = read_all(args.checkpoint_dir)
+    if not checkpoints:
+        return complain(problems)
     images = load_images(args, checkpoints)
     batches = data.TestBatches(images, device)
     rows, layers, dense, dense_digest = [], {}, None, ""
@@ -64,13 +68,21 @@ def main() -> int:
         problems += contradictions(path, checkpoint, rows[-1], score, parent)
         if path.name == DENSE:
             dense, dense_digest = score, store.digest(checkpoint["net"])
-    if rows:
-        report(rows, args.checkpoint_dir)
-        if args.layers:
+    try:
+        if rows:
+            report(rows, args.checkpoint_dir)
+        if rows and args.layers:
             print("\n" + layer_table(layers))
+    finally:
+        complain(problems)
+    return 1 if problems else 0
+
+
+def complain(problems: list[str]) -> int:
+    """A line for each problem; the exit code."""
     for problem in problems:
         print(f"test.py: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return 1
 
 
 def read_all(directory: Path) -> tuple[dict[Path, dict], list[str]]:
@@ -88,15 +100,13 @@ def read_all(directory: Path) -> tuple[dict[Path, dict], list[str]]:
         )
 
     checkpoints, problems = {}, []
-    for path in sorted(directory.glob("*.pth"), key=position):
+    for path in sorted((path for path in directory.iterdir() if path.suffix == ".pth"), key=position):
         try:
             checkpoints[path] = store.load_checkpoint(path)
         except utils.Failure as failure:
             problems.append(str(failure))
-    if not checkpoints:
-        raise utils.Failure(
-            "; ".join(problems) or f"{directory} holds no checkpoint (*.pth): python main.py makes them"
-        )
+    if not (checkpoints or problems):
+        raise utils.Failure(f"{directory} holds no checkpoint (*.pth): python main.py makes them")
     return checkpoints, problems
 
 
@@ -178,6 +188,8 @@ def contradictions(
     ours = "settings" in checkpoint
     if ours and checkpoint.get("zeros") != row.zeros:
         found.append(f"says {checkpoint.get('zeros')} weights are zero, {row.zeros} are")
+    if not math.isfinite(score.loss):
+        found.append("gives outputs that are not finite")
     if row.sparsity_asked is not None and abs(row.sparsity_asked - row.sparsity) > 0.05:
         found.append(f"should be {row.sparsity_asked:g} % zero, and is {row.sparsity:.2f} %")
     name = PRUNED_NAME.fullmatch(path.name)
@@ -216,7 +228,7 @@ def report(rows: list[Row], directory: Path) -> None:
     writer = csv.DictWriter(lines, asdict(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    store.write(directory / "results.csv", lines.getvalue().encode())
+    store.write(directory / "results.csv", lines.getvalue().encode(errors="backslashreplace"))
     store.write(directory / "results.png", picture(rows))
 
 
@@ -236,11 +248,13 @@ def picture(rows: list[Row]) -> bytes:
         if points:
             axes.plot(*zip(*points), marker=marker, label=label)
     axes.set(xlabel="zeros among the weights of the pruned layers (%)", ylabel="test accuracy (%)")
-    axes.set_title(f"{rows[0].arch} on {rows[0].dataset}")
+    axes.set_title(f"{rows[0].arch} on {rows[0].dataset}", parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150, metadata={"Software": None})
+    with warnings.catch_warnings(action="ignore"):  # of letters in the name of a folder that the font does not have
+        figure.savefig(image, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(figure)
     return image.getvalue()
 

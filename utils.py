@@ -2,7 +2,9 @@
 
 import argparse
 import hashlib
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -61,11 +63,20 @@ def number(kind: type, accept: Callable[[float], bool], what: str) -> Callable[[
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 fraction = number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
-sparsity = number(
-    float, lambda value: 0 <= value < 1, "a sparsity: a number from 0 (the control: nothing pruned) to below 1"
-)
 seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
-image_size = number(int, lambda value: value >= 16, "a whole number of at least 16")
+image_size = number(int, lambda value: 16 <= value <= 1024, "a whole number from 16 to 1024")
+
+
+def sparsity(text: str) -> float:
+    """An argparse type: a fraction from 0 to below 1, with as many digits as the name of its file can carry."""
+    what = "a sparsity: a number from 0 (the control: nothing pruned) to below 1"
+    value = number(float, lambda value: 0 <= value < 1, what)(text) + 0.0  # -0.0 is 0
+    name = f"{100 * value:g}"
+    if "e" in name or not math.isclose(float(name), 100 * value, rel_tol=1e-9):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} in percent has more than six digits, which no file name here carries"
+        )
+    return value
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, size: int | None) -> None:
@@ -99,12 +110,17 @@ def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> Non
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and end the process as a command should: no traceback for what the user can mend."""
     program = os.path.basename(sys.argv[0])
-    sys.stdout.reconfigure(line_buffering=True)  # a line of summary is worth seeing when it is written to a file, too
+    sys.stdout.reconfigure(
+        line_buffering=True, errors="backslashreplace"
+    )  # a line of summary is worth seeing when it is written to a file, too
     try:
         sys.exit(main())
     except Failure as failure:
         print(f"{program}: {failure}", file=sys.stderr)
         sys.exit(failure.code)
+    except OSError as error:
+        print(f"{program}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stop:
         print(f"{program}: {stop}", file=sys.stderr)
         sys.exit(128 + _signal)
@@ -127,10 +143,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (name == "cuda" or index.isdecimal()):
-        raise Failure(f"argument --device: {name!r} is not auto, cpu, cuda or cuda:N")
-    if int(index or 0) >= torch.cuda.device_count():
+    match = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
+    if not match:
+        raise Failure(f"argument --device: {name!r:.40} is not auto, cpu, cuda or cuda:N")
+    if int(match[1] or 0) >= torch.cuda.device_count():
         raise Failure(
             f"argument --device: {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices"
         )

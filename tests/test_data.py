@@ -100,16 +100,29 @@ def test_a_folder_of_mixed_images_becomes_rgb_of_one_size(images):
 def test_grey_images_of_16_bits_keep_their_range(tmp_path):
     pixels = np.full((16, 16), 0x8000, np.uint16)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert set(data._read([str(tmp_path / "a.png")], 16).flatten().tolist()) == {128}
+    assert set(data._read([str(tmp_path / "a.png")], 16)[0].flatten().tolist()) == {128}
 
 
 def test_a_folder_is_known_by_its_files_wherever_it_is(tmp_path):
     one = data.load(str(write_images(tmp_path / "1" / "x")), Path("unused"), 16)
-    two = data.load(str(write_images(tmp_path / "2" / "x", train=41)), Path("unused"), 16)
+    changed = write_images(tmp_path / "2" / "x") / "train" / "dark" / "1.png"
+    Image.new("RGB", (16, 16), "red").save(changed)
+    two = data.load(str(tmp_path / "2" / "x"), Path("unused"), 16)
     assert one.name == two.name
     assert one.identity != two.identity
     shutil.move(tmp_path / "1" / "x", tmp_path / "y")
     assert data.load(str(tmp_path / "y"), Path("unused"), 16).identity == one.identity
+
+
+def test_hidden_files_and_folders_are_not_images(tmp_path):
+    folder = write_images(tmp_path / "x", train=3, test=2)
+    for part in "train", "test":
+        shutil.copytree(folder / part / "light", folder / part / ".ipynb_checkpoints")
+        shutil.copytree(folder / part / "light", folder / part / "dark" / ".ipynb_checkpoints")
+        (folder / part / "light" / "._0.png").write_text("not an image")
+    loaded = data.load(str(folder), Path("unused"), 16)
+    assert loaded.classes == ["dark", "light"]
+    assert (len(loaded.train.labels), len(loaded.test.labels)) == (6, 4)
 
 
 def broken(folder: Path, how: str) -> None:
@@ -126,6 +139,9 @@ def broken(folder: Path, how: str) -> None:
         (folder / "train" / "light").mkdir()
     elif how == "truncated image":
         image.write_bytes(image.read_bytes()[:200])
+    elif how == "dangling link":
+        image.unlink()
+        image.symlink_to("nowhere.png")
     elif how == "not an image":
         image.write_text("hello")
 
@@ -138,6 +154,7 @@ def broken(folder: Path, how: str) -> None:
         ("one class", "one class only, dark"),
         ("empty class", "light"),
         ("truncated image", "train/dark/1.png cannot be read"),
+        ("dangling link", "train/dark/1.png cannot be read"),
         ("not an image", "train/dark/1.png cannot be read"),
     ],
 )

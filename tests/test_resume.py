@@ -111,16 +111,60 @@ def test_a_directory_that_cannot_be_used_is_refused_at_the_start(tmp_path):
     assert not (tmp_path / "full").exists()
 
 
+def work(folder, asked: list[str], **flags: bool) -> store.Directory:
+    return store.Directory(folder, asked, **({"resume": False, "force": False} | flags), bytes_needed=0)
+
+
 def test_forced_results_are_remembered_until_they_are_made(tmp_path):
-    store.save(tmp_path / "ckpt.pth", {})
-    first = store.Directory(tmp_path, ["ckpt.pth"], resume=False, force=True, bytes_needed=0)
-    assert not first.has("ckpt.pth")
+    for name in ("a.pth", "b.pth"):
+        store.save(tmp_path / name, {})
+    first = work(tmp_path, ["a.pth"], force=True)
+    assert not first.has("a.pth")
+    assert first.has("b.pth")
+    first.keep("a", {}, {})
     first.lock.release()
-    again = store.Directory(tmp_path, ["ckpt.pth"], resume=True, force=True, bytes_needed=0)
-    assert not again.has("ckpt.pth")
-    again.finish("ckpt.pth", {"new": 1})
-    assert again.has("ckpt.pth")
+    # Interrupted; then another target is made again first.
+    other = work(tmp_path, ["b.pth"], resume=True, force=True)
+    assert not other.has("b.pth")
+    other.finish("b.pth", {"new": 1})
+    assert other.has("b.pth")
+    other.close()
+    other.lock.release()
+    again = work(tmp_path, ["a.pth", "b.pth"], resume=True, force=True)
+    assert not again.has("a.pth")
+    assert again.has("b.pth")
+    again.finish("a.pth", {"new": 1})
+    again.forget("a")
+    again.close()
     again.lock.release()
+    assert not (tmp_path / "resume").exists()
+
+
+def test_damaged_states_are_named(tmp_path):
+    directory = work(tmp_path, [])
+    store.save(tmp_path / "resume" / "a.pt", {"settings": 1})
+    (tmp_path / "resume" / "b.pt").write_text("hello")
+    for stage in "ab":
+        with pytest.raises(utils.Failure, match=rf"{stage}\.pt is"):
+            directory.kept(stage, {})
+    (tmp_path / "resume" / "redo.json").write_text("{")
+    directory.lock.release()
+    with pytest.raises(utils.Failure, match=r"redo\.json is damaged"):
+        work(tmp_path, [], resume=True)
+
+
+def test_a_state_whose_result_is_there_is_cleared(setting, tmp_path):
+    """As a kill between the writing of the one and the deletion of the other leaves it."""
+    line, whole = setting
+    (tmp_path / "resume").mkdir()
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    for stage in ("dense", "50percent_single", "80percent_iter_final"):
+        store.save(tmp_path / "resume" / f"{stage}.pt", {"settings": {}, "state": {}})
+    done = command(*line, "--checkpoint-dir", tmp_path, "-r")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == whole
+    assert not (tmp_path / "resume").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX systems can")

@@ -52,6 +52,23 @@ def test_every_network_takes_images_from_16_pixels_up_and_is_recognised(arch, si
     assert models.identify(network.state_dict()) == arch
 
 
+def test_other_float_types_and_parameters_are_read(tmp_path):
+    network = models.build("resnet20", 10)
+    store.save(tmp_path / "x.pth", {"net": {name: value.bfloat16() for name, value in network.state_dict().items()}})
+    torch.save({"net": network.state_dict(keep_vars=True)}, tmp_path / "y.pth")
+    for name in "x.pth", "y.pth":
+        net = store.load_checkpoint(tmp_path / name)["net"]
+        assert store.digest(net)
+        assert net["conv1.weight"].dtype == torch.float32
+        assert net["bn1.num_batches_tracked"].dtype == torch.int64
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(utils.Failure, match="not a file"):
+        store.load_checkpoint(tmp_path / "x.pth")
+
+
 def test_the_same_content_gives_the_same_bytes(tmp_path):
     for name in ("a.pth", "b.pth"):
         store.save(tmp_path / name, {"net": {"weight": torch.arange(9.0)}, "acc": 1.5})
@@ -93,6 +110,13 @@ def changed(**changes):
     return change
 
 
+SETTINGS = {"arch": "resnet20", "dataset": "digits", "image_size": 16}
+
+
+def ours(**settings):
+    return lambda net: {"net": net, "acc": 1.0, "zeros": 0, "settings": SETTINGS | settings}
+
+
 BAD_FILES = {
     "payload": (
         lambda net: {"net": net, "acc": Payload("executed")},
@@ -107,8 +131,21 @@ BAD_FILES = {
     "nan": (changed(bn1__weight=torch.full((16,), torch.nan)), "bn1.weight that are not finite"),
     "whole numbers": (changed(bn1__weight=torch.zeros(16, dtype=torch.int32)), "bn1.weight in a form"),
     "sparse": (changed(linear__weight=torch.zeros(10, 64).to_sparse()), "linear.weight in a form"),
-    "accuracy is text": (lambda net: {"net": net, "acc": "high"}, "of another type"),
-    "settings are a list": (lambda net: {"net": net, "settings": [1]}, "of another type"),
+    "meta": (changed(linear__weight=torch.zeros(10, 64, device="meta")), "linear.weight in a form"),
+    "huge": (changed(linear__weight=torch.zeros(1, 1).expand(10**10, 64)), "linear.bias has shape"),
+    "no classes": (changed(linear__weight=torch.zeros(0, 64)), "for 0 classes"),
+    "overflow": (changed(bn1__weight=torch.full((16,), 1e300, dtype=torch.float64)), "bn1.weight that are not finite"),
+    "accuracy is text": (lambda net: {"net": net, "acc": "high"}, "acc is not a finite number"),
+    "accuracy is huge": (lambda net: {"net": net, "acc": 10**400}, "acc is not a finite number"),
+    "settings are a list": (
+        lambda net: {"net": net, "acc": 1.0, "zeros": 0, "settings": [1]},
+        "not what main.py writes",
+    ),
+    **{
+        f"sparsity is {value!s:.9}": (ours(sparsity=value), "not what main.py writes")
+        for value in ("0.5", None, float("nan"), 10**400, 1.5)
+    },
+    "no accuracy": (lambda net: {"net": net, "settings": SETTINGS, "zeros": 0}, "not what main.py writes"),
 }
 
 
