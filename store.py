@@ -197,7 +197,7 @@ class Directory:
         self.redo_file = self.states / "redo.json"
         known = self._read_redo() if resume else {}
         if force:  # what an interrupted run was asked to make again stays as it left it
-            known = {name: True for name in asked if (path / name).exists()} | known
+            known = {name: (path / name).exists() for name in asked} | known
         self._set_redo(known)
 
     def has(self, result: str) -> bool:

@@ -118,7 +118,8 @@ def work(folder, asked: list[str], **flags: bool) -> store.Directory:
 def test_forced_results_are_remembered_until_they_are_made(tmp_path):
     for name in ("a.pth", "b.pth"):
         store.save(tmp_path / name, {})
-    first = work(tmp_path, ["a.pth"], force=True)
+    first = work(tmp_path, ["c.pth", "a.pth"], force=True)
+    first.finish("c.pth", {"new": 1})
     assert not first.has("a.pth")
     assert first.has("b.pth")
     first.keep("a", {}, {})
@@ -130,7 +131,8 @@ def test_forced_results_are_remembered_until_they_are_made(tmp_path):
     assert other.has("b.pth")
     other.close()
     other.lock.release()
-    again = work(tmp_path, ["a.pth", "b.pth"], resume=True, force=True)
+    again = work(tmp_path, ["c.pth", "a.pth", "b.pth"], resume=True, force=True)
+    assert again.has("c.pth")
     assert not again.has("a.pth")
     assert again.has("b.pth")
     again.finish("a.pth", {"new": 1})
