@@ -210,6 +210,7 @@ class Lab:
         # At most the trunk and one stage with momentum, and the next version of each beside it.
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
         self.directory = store.Directory(args.checkpoint_dir, asked, args.resume, args.force, 7 * network_bytes)
+        self.check_unfinished()
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
         self.test_batches = data.TestBatches(images, device)
         utils.stop_on_signals()
@@ -232,6 +233,18 @@ class Lab:
         theirs |= {"arch": checkpoint["arch"], "classes": len(checkpoint["net"]["linear.weight"])}
         if other := store.difference(theirs, mine):
             raise utils.Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
+
+    def check_unfinished(self) -> None:
+        """Failure, before any work, when an interrupted stage is not one that this command can go on with."""
+        for path, saved in self.directory.unfinished():
+            asked = {name: self.settings[name] for name in self.settings if name in saved}
+            mode = saved.get("mode")
+            if mode and mode not in self.args.shot:
+                asked["mode"] = " ".join(self.args.shot) or "dense"
+            elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
+                asked["sparsity"] = " ".join(map(str, self.args.pr))
+            if other := store.difference(saved, asked):
+                raise utils.Failure(f"{path} was made with other settings: {other}")
 
     def skip(self, result: str, settings: dict) -> bool:
         """Whether a result is there already; if so, say so, and what differs from what was asked."""

@@ -213,17 +213,26 @@ class Directory:
         """Write the state from which `stage` can go on."""
         save(self.states / f"{stage}.pt", {"settings": settings, "state": state})
 
+    def unfinished(self) -> list[tuple[Path, dict]]:
+        """The states of an interrupted run, and the settings that each was made with."""
+        return [(path, self._read_state(path)["settings"]) for path in sorted(self.states.glob("*.pt"))]
+
     def kept(self, stage: str, settings: dict) -> dict | None:
         """The state that `keep` wrote last, None without one. Failure when it was made with other settings."""
         path = self.states / f"{stage}.pt"
         if not path.exists():
             return None
-        saved = load(path)
-        if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in ("settings", "state")):
-            raise Failure(f"{path} is damaged: --force starts again")
+        saved = self._read_state(path)
         if other := difference(saved["settings"], settings):
             raise Failure(f"{path} was made with other settings: {other}")
         return saved["state"]
+
+    @staticmethod
+    def _read_state(path: Path) -> dict:
+        saved = load(path)
+        if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in ("settings", "state")):
+            raise Failure(f"{path} is damaged: --force starts again")
+        return saved
 
     def forget(self, *stages: str) -> None:
         """Delete states whose stages are over."""

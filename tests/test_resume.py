@@ -94,6 +94,22 @@ def test_a_signal_stops_the_run_in_order(setting, tmp_path, number, code):
     assert results(tmp_path) == whole
 
 
+def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    (tmp_path / "resume").mkdir()
+    state = {"settings": {"mode": "iter", "sparsity": 0.7, "seed": 0}, "state": {}}
+    store.save(tmp_path / "resume" / "70percent_iter_final.pt", state)
+    for change, message in (
+        ((), "sparsity 0.7 there, 0.5 0.8 asked"),
+        (("-pr", "0.7", "--seed", "1"), "seed 0 there, 1 asked"),
+    ):
+        done = command(*line, *change, "--checkpoint-dir", tmp_path, "-r")
+        assert done.returncode == 2
+        assert done.stderr.endswith(f"70percent_iter_final.pt was made with other settings: {message}\n")
+    assert (tmp_path / "resume" / "70percent_iter_final.pt").exists()
+
+
 def test_two_runs_in_one_directory_do_not_meet(tmp_path):
     first = store.Directory(tmp_path, ["ckpt.pth"], False, False, 0)
     with pytest.raises(utils.Failure, match="another run is at work"):
