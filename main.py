@@ -6,6 +6,11 @@ python main.py -pr 0.5 0.75 0.9 -shot single iter     the whole experiment
 python test.py                                        reload every checkpoint, report
 """
 
+import signal
+
+if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends it: imports take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import time
 from datetime import timedelta

@@ -7,6 +7,11 @@ Nothing in a file is believed: zeros are counted and the accuracy is measured on
 that cannot be read, or that says something else than is found, is named, and the exit code is 1.
 """
 
+import signal
+
+if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends it: imports take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import io

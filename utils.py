@@ -124,8 +124,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except Interrupted as stop:
         print(f"{program}: {stop}", file=sys.stderr)
         sys.exit(128 + _signal)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def derive_seed(*key: object) -> int:
