@@ -1,6 +1,9 @@
 """Train for some epochs, evaluate. Knows nothing of pruning."""
 
 import math
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import Failure, Interrupted, stop_requested
+
+KEEP_SECONDS = 30  # of training that a crash may cost, if an epoch is not longer
+WARM_UP = 3  # ordinary steps before one is recorded: libraries choose their algorithms in them
 
 
 @dataclass(frozen=True)
@@ -68,68 +74,145 @@ def fit(
     """Train `network` in place: cross entropy, SGD with momentum 0.9 and weight decay 5e-4, `lr` down a cosine.
 
     `batches` has a length and `epoch(stage, epoch, first)`, as data.TrainBatches. `after_step` is called after
-    each step of the optimizer. `keep` is given the state after each epoch, and on a signal after the step in
-    hand; with such a `state`, training goes on from there to the same bits.
+    each step of the optimizer; see `Step` for what it may do. `keep` is given the state at the end, before that
+    after an epoch that ends `KEEP_SECONDS` or more after the last one, and on a signal after the step in hand; with
+    such a `state`, training goes on from there to the same bits.
 
     Returns one entry an epoch: stage, epoch (from 1), lr at its end, mean loss and accuracy (percent) over
     the augmented training images. Raises Failure when the loss is not finite, Interrupted on a signal.
     """
-    # A new optimizer for every stage: momentum of earlier weights would move pruned ones.
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=True)
     device = next(network.parameters()).device
+    rate = torch.tensor(lr, device=device)
+    # A new optimizer for every stage: momentum of earlier weights would move pruned ones.
+    optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, fused=True)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss and correct, and the number of images
     start, first, history = 0, 0, []
     if state:
         start, first, history = state["epoch"], state["step"], list(state["history"])
         network.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["lr"] = rate
         sums.copy_(state["sums"])
+    train_step = Step(network, optimizer, sums, dtype, after_step)
 
-    def snapshot(epoch: int, step: int) -> dict:
+    def keep_state(epoch: int, step: int) -> None:
+        if not all(value.isfinite().all() for value in network.state_dict().values()):
+            # A state without a future must not replace a good one.
+            raise not_finite(stage, epoch + bool(step))
         tensors = {"net": network.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums}
-        return {"epoch": epoch, "step": step, "history": history, **tensors}
+        keep({"epoch": epoch, "step": step, "history": history, **tensors})
 
     network.train()
     done, steps = start * len(batches) + first, epochs * len(batches)
+    kept = time.monotonic()
     with tqdm(total=steps, initial=done, desc=stage, unit="batch", disable=None, leave=False, mininterval=1) as bar:
         for epoch in range(start, epochs):
             for step, (inputs, labels) in enumerate(batches.epoch(stage, epoch, first), first + 1):
-                optimizer.param_groups[0]["lr"] = cosine(lr, done / steps)
-                sums += train_step(network, optimizer, inputs, labels, dtype)
-                after_step()
+                train_step(inputs, labels, cosine(lr, done / steps))
                 done += 1
                 # Drawn once a second: inside an epoch only this waits for the device.
                 if bar.update():
-                    rate = f"{cosine(lr, done / steps):.4f}"
-                    bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", lr=rate, **means(sums), refresh=False)
+                    now = f"{cosine(lr, done / steps):.4f}"
+                    bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", lr=now, **means(sums), refresh=False)
                 if stop_requested():
-                    check(network, sums, stage, epoch)
-                    keep(snapshot(epoch, step))
+                    keep_state(epoch, step)
                     raise Interrupted(
                         f"stopped in {stage}, epoch {epoch + 1} of {epochs}; the same command with -r goes on"
                     )
-            check(network, sums, stage, epoch)
-            history.append({"stage": stage, "epoch": epoch + 1, "lr": cosine(lr, done / steps), **means(sums)})
+            found = means(sums)
+            if not math.isfinite(found["loss"]):
+                raise not_finite(stage, epoch + 1)
+            history.append({"stage": stage, "epoch": epoch + 1, "lr": cosine(lr, done / steps), **found})
             sums.zero_()
             first = 0
-            keep(snapshot(epoch + 1, 0))
+            # On a GPU a state takes longer to write than a tenth of an epoch to train.
+            if epoch + 1 == epochs or time.monotonic() - kept >= KEEP_SECONDS:
+                keep_state(epoch + 1, 0)
+                kept = time.monotonic()
     return history
 
 
-def train_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """One step of the optimizer on one batch. Returns (3,) float64 on the device: the sum of the losses, the
-    number of correct answers and the number of images."""
-    optimizer.zero_grad()
-    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
-        logits = network(inputs).float()
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
-    optimizer.step()
-    correct = (logits.argmax(1) == labels).sum()
-    images = torch.full_like(correct, len(labels))
-    return torch.stack([loss.detach() * images, correct, images]).double()
+class Step:
+    """One step of the optimizer on one batch. It changes the network and `sums`, (3,) float64 on the device, to
+    which it adds the sum of the losses, the number of correct answers and the number of images.
+
+    A GPU needs longer to be told of the 300 kernels of a small batch than to run them. There a step is recorded as a
+    CUDA graph, after `WARM_UP` ordinary ones, for the shape of batch that came as often first; from then on such
+    batches are copied to where the graph reads them, and it is played. Batches of other shapes stay ordinary steps.
+    So `after_step` must do all its work on the device, on the same tensors each time, and not wait for it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sums: Tensor,
+        dtype: torch.dtype = torch.float32,
+        after_step: Callable[[], None] = lambda: None,
+    ):
+        """`optimizer` has one group of parameters, and its learning rate is a tensor on the network's device."""
+        self.network, self.optimizer, self.sums = network, optimizer, sums
+        self.dtype, self.after_step = dtype, after_step
+        self.rate = optimizer.param_groups[0]["lr"]
+        # A step that is to be recorded must have run on another stream than the default one.
+        self.stream = torch.cuda.Stream(sums.device) if sums.is_cuda else None
+        self.recording = sums.is_cuda
+        self.ordinary = Counter()  # steps by shape of batch
+        self.play, self.inputs, self.labels = None, None, None
+
+    def __call__(self, inputs: Tensor, labels: Tensor, lr: float) -> None:
+        self.rate.fill_(lr)
+        if self.recording and self.play is None and self.ordinary[inputs.shape] >= WARM_UP:
+            self.record(inputs, labels)
+        if self.play is not None and inputs.shape == self.inputs.shape:
+            self.inputs.copy_(inputs)
+            self.labels.copy_(labels)
+            self.play()
+            return
+        self.ordinary[inputs.shape] += 1
+        if self.stream is None:
+            self.run(inputs, labels)
+            return
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self.run(inputs, labels)
+        current.wait_stream(self.stream)
+
+    def run(self, inputs: Tensor, labels: Tensor) -> None:
+        """The step itself. Nothing in it may depend on a value that is on the device."""
+        self.optimizer.zero_grad()
+        with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            logits = self.network(inputs).float()
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        self.optimizer.step()
+        correct = (logits.argmax(1) == labels).sum()
+        images = torch.full_like(correct, len(labels))
+        self.sums += torch.stack([loss.detach() * images, correct, images]).double()
+        self.after_step()
+
+    def record(self, inputs: Tensor, labels: Tensor) -> None:
+        """Make `play`; on a failure say so and go on with ordinary steps."""
+        self.inputs, self.labels = torch.empty_like(inputs), torch.empty_like(labels)
+        self.optimizer.zero_grad()  # gradients are to lie in the memory of the graph
+        try:
+            self.play = record(lambda: self.run(self.inputs, self.labels))
+        except RuntimeError as error:
+            self.recording = False
+            reason = " ".join(str(error).split())[:200]
+            tqdm.write(f"training goes on without a CUDA graph, and is slower: {reason}", file=sys.stderr)
+
+
+def record(work: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of `work`, as a function that runs it. `work` is called once, and only noted, not done."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    finally:
+        torch.cuda.set_stream(stream)  # on a failure, older versions of PyTorch leave their own one behind
+    return graph.replay
 
 
 def means(sums: Tensor) -> dict[str, float]:
@@ -138,7 +221,5 @@ def means(sums: Tensor) -> dict[str, float]:
     return {"loss": loss / images, "accuracy": 100 * correct / images}
 
 
-def check(network: nn.Module, sums: Tensor, stage: str, epoch: int) -> None:
-    """Failure when the loss or a weight is not finite, before a state without a future replaces a good one."""
-    if not all(value.isfinite().all() for value in (sums, *network.state_dict().values())):
-        raise Failure(f"the loss is not finite in {stage}, epoch {epoch + 1}: a smaller --lr may help", code=1)
+def not_finite(stage: str, epoch: int) -> Failure:
+    return Failure(f"the loss is not finite in {stage}, epoch {epoch}: a smaller --lr may help", code=1)

@@ -118,7 +118,8 @@ def test_evaluation_leaves_the_network_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_going_on_from_any_epoch_ends_on_the_same_bits(tmp_path):
+def test_going_on_from_any_epoch_ends_on_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "KEEP_SECONDS", 0)
     whole, states = fresh(), []
 
     def keep(state: dict) -> None:

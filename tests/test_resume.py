@@ -31,9 +31,12 @@ def results(folder) -> dict[str, bytes]:
 
 
 def start(line: list, folder) -> subprocess.Popen:
+    """The command with -r, which keeps a state after every epoch and not just twice a minute."""
     script, *arguments = (str(part) for part in line)
+    often = f"import runpy, engine; engine.KEEP_SECONDS = 0; runpy.run_path({script!r}, run_name='__main__')"
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *arguments, "--checkpoint-dir", str(folder), "-r"],
+        [sys.executable, "-c", often, *arguments, "--checkpoint-dir", str(folder), "-r"],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
