@@ -270,7 +270,7 @@ class Lab:
     def load_dense(self) -> dict:
         """The dense checkpoint, with its fingerprint and, where another program wrote it, its accuracy by our count."""
         dense = store.load_checkpoint(self.directory.path / DENSE)
-        if "settings" not in dense:
+        if "settings" not in dense or "acc" not in dense:
             dense["acc"] = engine.evaluate(self.place(store.network_of(dense)), self.test_batches).accuracy
         return dense | {"digest": store.digest(dense["net"])}
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+import packed
 from utils import Failure
 
 
@@ -60,16 +61,21 @@ def _canonical(value: object) -> object:
 
 
 def load(path: Path) -> object:
-    """Read what `save` wrote, or any file of tensors, on the CPU. Failure when it is not such a file."""
+    """Read what `save` wrote, or a packed or any file of tensors, on the CPU. Failure when it is not such a file."""
     if path.exists() and not path.is_file():
         raise Failure(f"{path} is not a file")
     try:
+        with open(path, "rb") as file:
+            if file.read(len(packed.MAGIC)) == packed.MAGIC:
+                return packed.unpack(path.read_bytes())
         with warnings.catch_warnings(action="ignore"):  # of formats; the error below says enough
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Failure(f"{path} does not exist") from None
     except OSError as error:
         raise Failure(f"{path} cannot be read: {error.strerror or error}") from None
+    except Failure as failure:
+        raise Failure(f"{path} is not a checkpoint that can be loaded: {failure}") from None
     except Exception as error:  # whatever torch's reader and unpickler raise on bytes that nobody meant for them
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {code[1]}, not just for tensors and plain values" if code else "damaged or not one"
@@ -77,7 +83,7 @@ def load(path: Path) -> object:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read and check a checkpoint, ours or in the format of pytorch-cifar, with or without `module.` prefixes.
+    """Read and check a checkpoint, ours, packed, or in the format of pytorch-cifar, with or without `module.` prefixes.
 
     The result has `net` (float32, plain names), `arch` and, where the file says them, `acc`, `epoch` and what
     main.py put there. Failure names the file and what is wrong with it.
@@ -113,16 +119,23 @@ def load_checkpoint(path: Path) -> dict:
 
 def _checked_facts(path: Path, checkpoint: dict) -> dict:
     """What a checkpoint says of its network, if it says it in the way that main.py does."""
-    facts = {name: checkpoint[name] for name in ("acc", "dense_acc", "loss", "zeros", "epoch") if name in checkpoint}
+    facts = {
+        name: checkpoint[name]
+        for name in ("acc", "dense_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss")
+        if name in checkpoint
+    }
     for name, value in facts.items():
         if isinstance(value, Tensor) and value.numel() == 1:
             facts[name] = value = value.item()
         if not isinstance(value, (int, float)) or not abs(value) < 1e12:
             raise Failure(f"{path} is not a checkpoint: its {name} is not a finite number")
+    if "values" in checkpoint and checkpoint["values"] not in ("bf16", "fp16"):
+        raise Failure(f"{path} is not a checkpoint: its values are of no type that is known")
     if "settings" in checkpoint:
         settings = checkpoint["settings"]
         kinds = {"arch": str, "dataset": str, "image_size": int, "parent": str, "mode": str, "sparsity": (int, float)}
-        good = isinstance(settings, dict) and "acc" in facts and "zeros" in facts
+        # What was measured before a packed network was rounded is not said of the rounded one.
+        good = isinstance(settings, dict) and ("acc" in facts or "values" in checkpoint) and "zeros" in facts
         good = good and {"arch", "dataset", "image_size"} <= set(settings)
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
         if not (good and 0 <= settings.get("sparsity", 0) < 1):
@@ -131,11 +144,12 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
 
 
 def plain_state(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state_dict on the CPU, contiguous, sharing no memory with it."""
-    return {
+    """The network's state_dict on the CPU, contiguous, sharing no memory with it, and with +0.0 for each -0.0."""
+    state = {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in network.state_dict().items()
     }
+    return {name: value.add_(0.0) if value.is_floating_point() else value for name, value in state.items()}
 
 
 def network_of(checkpoint: dict) -> nn.Module:

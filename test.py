@@ -33,7 +33,9 @@ import store
 import utils
 
 DENSE = "ckpt.pth"
-PRUNED_NAME = re.compile(r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)_ckpt\.pth")
+PRUNED_NAME = re.compile(
+    r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)_ckpt(\.pth|(\.bf16|\.fp16)?\.packed)"
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,19 +101,21 @@ def read_all(directory: Path) -> tuple[dict[Path, dict], list[str]]:
         name = PRUNED_NAME.fullmatch(path.name)
         return (
             path.name != DENSE,
+            path.name.partition(".")[0] != "ckpt",
             name["mode"] != "single" if name else 2,
             float(name["percent"]) if name else 0,
+            path.suffix != ".pth",
             path.name,
         )
 
     checkpoints, problems = {}, []
-    for path in sorted((path for path in directory.iterdir() if path.suffix == ".pth"), key=position):
+    for path in sorted((path for path in directory.iterdir() if path.suffix in (".pth", ".packed")), key=position):
         try:
             checkpoints[path] = store.load_checkpoint(path)
         except utils.Failure as failure:
             problems.append(str(failure))
     if not (checkpoints or problems):
-        raise utils.Failure(f"{directory} holds no checkpoint (*.pth): python main.py makes them")
+        raise utils.Failure(f"{directory} holds no checkpoint (*.pth, *.packed): python main.py makes them")
     return checkpoints, problems
 
 
@@ -137,13 +141,15 @@ def check_data(path: Path, checkpoint: dict, images: data.Dataset) -> None:
 
 @dataclass
 class Row:
-    """One checkpoint. Sparsities and accuracies in percent, drop in points; `sparsity` is over the pruned layers,
-    `accuracy_before` that of the dense network it was pruned from."""
+    """One checkpoint. Sparsities and accuracies in percent, drop in points; `values` is the type that the weights
+    were rounded to for packing, else fp32, `sparsity` is over the pruned layers, `accuracy_before` that of the dense
+    network it was pruned from."""
 
     file: str
     arch: str
     dataset: str
     mode: str
+    values: str
     sparsity_asked: float | None
     sparsity: float
     sparsity_all_parameters: float
@@ -172,6 +178,7 @@ class Row:
             arch=checkpoint["arch"],
             dataset=dataset,
             mode=settings.get("mode", name["mode"] if name else "dense"),
+            values=checkpoint.get("values", "fp32"),
             sparsity_asked=asked,
             sparsity=100 * zeros / weights,
             sparsity_all_parameters=100 * zeros / parameters,
@@ -249,7 +256,8 @@ def picture(rows: list[Row]) -> bytes:
         if row.file == DENSE:
             axes.axhline(row.accuracy, color="0.4", linestyle="--", label=f"dense, {row.accuracy:.2f} %")
     for mode, label, marker in ("single", "one-shot", "o"), ("iter", "iterative", "s"):
-        points = sorted((row.sparsity, row.accuracy) for row in rows if row.mode == mode)
+        # A packed file is the same network again; a rounded one is another, and has its row in the table.
+        points = sorted({(row.sparsity, row.accuracy) for row in rows if row.mode == mode and row.values == "fp32"})
         if points:
             axes.plot(*zip(*points), marker=marker, label=label)
     axes.set(xlabel="zeros among the weights of the pruned layers (%)", ylabel="test accuracy (%)")
