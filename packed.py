@@ -37,7 +37,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a value
 FACTS = ("acc", "dense_acc", "loss", "zeros", "epoch", "classes", "settings", "history", "fp32_acc", "fp32_loss")
 # So that a few hostile bytes cannot ask for more than a large network takes.
 MOST_CLASSES = 2**16
-MOST_FACTS = 2**26
+MOST_FACTS = 2**24
 
 PATTERNS = 512  # of nine bits
 POPCOUNT = np.array([pattern.bit_count() for pattern in range(PATTERNS)])
@@ -284,7 +284,7 @@ def _from_words(word: np.ndarray, values: str) -> np.ndarray:
 
 def _planes(words: np.ndarray) -> np.ndarray:
     """(n,) words of b bytes -> (b, n), the lowest bytes first."""
-    return np.ascontiguousarray(words.view(np.uint8).reshape(len(words), -1).T)
+    return np.ascontiguousarray(words.view(np.uint8).reshape(-1, words.itemsize).T)
 
 
 def _from_planes(planes: np.ndarray) -> np.ndarray:
