@@ -1,0 +1,127 @@
+"""The engine: a network made ready once, then called with images like the network itself."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.resnet import ResNet
+from sparse.kernels import lanes_of_this_cpu
+from sparse.layers import convolutions
+from sparse.loops import compiled
+from sparse.plan import Plan, make_plan
+
+GROUP_FLOATS = 2**26  # the most floats of activations for which it pays to compute several images in one vector
+
+
+@dataclass
+class Ready:
+    """A plan with its memory: an arena for each thread, and for each size of team the filters of its threads."""
+
+    plan: Plan
+    arenas: list[np.ndarray]
+    shares: dict[int, np.ndarray]
+
+
+class Engine:
+    """A trained network on the CPU, without its zero weights.
+
+    network: any of models/, also with channels removed; it is neither changed nor used in later calls. threads: as
+    many as PyTorch uses by default. lanes: floats in a vector, 8 or 16, by default as the processor has them.
+    Raises RuntimeError where the logits are not those of PyTorch, which is checked for each size of images.
+    """
+
+    def __init__(self, network: ResNet, image_size: int = 32, threads: int | None = None, lanes: int | None = None):
+        self.layers = convolutions(network)
+        self.threads = threads or torch.get_num_threads()
+        self.lanes = lanes or lanes_of_this_cpu()
+        self.run_image, self.run_group = compiled(self.lanes)
+        linear = network.linear
+        self.classifier = np.column_stack([linear.weight.detach().numpy(), linear.bias.detach().numpy()])
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.ready: dict[tuple[int, int, bool], Ready] = {}
+        self.check(network, image_size)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) float32 images -> (N, classes) float32 logits. One call at a time."""
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
+            raise ValueError(f"images are (N, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}")
+        pixels = images.detach().numpy()
+        count, _, height, width = pixels.shape
+        logits = np.empty((count, len(self.classifier)), np.float32)
+        groups, rest = divmod(count, self.lanes)
+        if 2 * rest > self.lanes:  # lanes that do nothing cost less than so many images one by one
+            groups, rest = groups + 1, 0
+        if groups and len(self.prepare(height, width, grouped=True).arenas) == 0:
+            groups = 0
+        parts = [slice(start, start + self.lanes) for start in range(0, groups * self.lanes, self.lanes)]
+        if parts:
+            self.compute_groups(pixels, logits, parts)
+        for index in range(min(count, groups * self.lanes), count):
+            self.compute_image(pixels[index], logits[index : index + 1])
+        return torch.from_numpy(logits)
+
+    def compute_groups(self, pixels: np.ndarray, logits: np.ndarray, parts: list[slice]) -> None:
+        """Each thread takes groups of images of its own; those that do not come out even are worked on together."""
+        ready = self.prepare(*pixels.shape[2:], grouped=True)
+        alone = len(parts) // self.threads * self.threads
+
+        def own(thread: int) -> None:
+            for part in parts[thread : alone : self.threads]:
+                self.run_group(
+                    *self.data(ready, ready.arenas[thread]), ready.shares[1], logits[part], pixels[part], 0, 1, 0
+                )
+
+        self.together(own)
+        for part in parts[alone:]:
+            self.as_team(self.run_group, ready, logits[part], pixels[part])
+
+    def compute_image(self, pixels: np.ndarray, logits: np.ndarray) -> None:
+        ready = self.prepare(*pixels.shape[1:], grouped=False)
+        self.as_team(self.run_image, ready, logits, pixels)
+
+    def as_team(self, run: Callable, ready: Ready, logits: np.ndarray, pixels: np.ndarray) -> None:
+        """All threads compute the same images, each its share of the filters of each layer."""
+        counter = np.zeros(1, np.int64)
+        data = self.data(ready, ready.arenas[0])
+        shares = ready.shares[self.threads]
+        self.together(lambda thread: run(*data, shares, logits, pixels, thread, self.threads, counter.ctypes.data))
+
+    def data(self, ready: Ready, arena: np.ndarray) -> tuple:
+        plan = ready.plan
+        return plan.operations, arena, plan.values, plan.offsets, plan.starts, plan.biases, self.classifier
+
+    def together(self, work: Callable[[int], None]) -> None:
+        """Call `work` with the number of each thread, in that thread."""
+        others = [self.pool.submit(work, thread) for thread in range(1, self.threads)]
+        work(0)
+        for other in others:
+            other.result()
+
+    def prepare(self, height: int, width: int, grouped: bool) -> Ready:
+        """What computing images of a size needs, made once. It has no arenas where groups would need too much."""
+        key = height, width, grouped
+        if key not in self.ready:
+            plan = make_plan(self.layers, height, width, self.lanes, grouped)
+            shares = {team: plan.shares(team) for team in {1, self.threads}}
+            arenas = self.threads if grouped else 1
+            if grouped and plan.floats > GROUP_FLOATS:
+                arenas = 0
+            self.ready[key] = Ready(plan, [plan.arena() for _ in range(arenas)], shares)
+        return self.ready[key]
+
+    @torch.no_grad()
+    def check(self, network: ResNet, image_size: int) -> None:
+        """RuntimeError when the logits of random images differ from PyTorch's by more than rounding explains."""
+        images = torch.randn(self.lanes + 1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        training = network.training
+        expected = network.eval()(images)
+        network.train(training)
+        error = (self(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        if not error < 1e-3:
+            raise RuntimeError(
+                f"the sparse engine computes other logits than PyTorch: off by {error:.1e} of the largest"
+            )

@@ -1,0 +1,246 @@
+"""The few things that compiled loops cannot say in Python: a tile of outputs held in vector registers, raw memory,
+and a counter that several threads see. Each is an intrinsic for Numba that writes LLVM's language."""
+
+# ruff: noqa: ARG001 (Numba says which arguments an intrinsic has)
+
+from collections.abc import Callable
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def lanes_of_this_cpu() -> int:
+    """Floats in the widest vector of the processor; 8, which any processor can emulate, where it is not known."""
+    return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+
+
+def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1) -> Callable:
+    """A function for compiled code: one output channel of one tile of `rows` x `columns` vectors.
+
+    run(out, out_pitch, values, offsets, start, stop, source, source_pitch, bias, residual, first, floor) adds
+    values[i] times the vectors at source + offsets[i] to the tile, for i from `start` to `stop`. Addresses,
+    offsets and the pitches between the tile's rows are in bytes. Vectors in a row are `step` vectors apart in the
+    source. With `first` the tile starts as bias plus residual (an address, or 0), otherwise as what is at `out`.
+    What is written is at least `floor`.
+
+    Numba's own loops keep the tile in memory; here it is LLVM registers. `unroll` tiles side by side hide the
+    latency of a multiply-add when one tile is too small for that.
+    """
+    i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+    vector = ir.VectorType(f32, lanes)
+    places = [(row, column) for row in range(rows) for column in range(columns)]
+
+    @intrinsic
+    def run(typing, out, out_pitch, values, offsets, start, stop, source, source_pitch, bias, residual, first, floor):
+        integer, real = types.int64, types.float32
+        signature = types.void(*[integer] * 8, real, integer, integer, real)
+
+        def codegen(context, builder, signature, args):
+            out, out_pitch, values, offsets, start, stop, source, source_pitch, bias, residual, first, floor = args
+            undefined, width = ir.Constant(vector, ir.Undefined), ir.VectorType(i32, lanes)
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f32"
+            )
+
+            def constant(value):
+                return ir.Constant(i64, value)
+
+            def splat(scalar):
+                first_lane = builder.insert_element(undefined, scalar, ir.Constant(i32, 0))
+                return builder.shuffle_vector(first_lane, undefined, ir.Constant(width, [0] * lanes))
+
+            def pointer(address, kind):
+                return builder.inttoptr(address, kind.as_pointer())
+
+            def vectors(address, pitch, apart):
+                """The addresses of a tile's vectors."""
+                starts = [builder.add(address, builder.mul(pitch, constant(row))) for row in range(rows)]
+                return [builder.add(starts[row], constant(4 * lanes * apart * column)) for row, column in places]
+
+            def load(address):
+                value = builder.load(pointer(address, vector))
+                value.align = 4
+                return value
+
+            def multiply_add(index, tile):
+                at = builder.shl(index, constant(2))
+                value = splat(builder.load(pointer(builder.add(values, at), f32)))
+                offset = builder.load(pointer(builder.add(offsets, at), i32))
+                addresses = vectors(builder.add(source, builder.zext(offset, i64)), source_pitch, step)
+                return [builder.call(fma, [value, load(address), old]) for address, old in zip(addresses, tile)]
+
+            def loop(name, start, count, tiles):
+                """for index in range(start, stop - count + 1, count): tiles[k] += nonzero index + k"""
+                before = builder.block
+                test, body, after = (builder.append_basic_block(f"{name}.{part}") for part in ("test", "body", "end"))
+                builder.branch(test)
+                builder.position_at_end(test)
+                index = builder.phi(i64)
+                old = [[builder.phi(vector) for _ in places] for _ in tiles]
+                following = builder.add(index, constant(count))
+                builder.cbranch(builder.icmp_signed("<=", following, stop), body, after)
+                builder.position_at_end(body)
+                new = [
+                    multiply_add(builder.add(index, constant(k)), tile) if k < count else tile
+                    for k, tile in enumerate(old)
+                ]
+                builder.branch(test)
+                index.add_incoming(start, before)
+                index.add_incoming(following, body)
+                for phis, initial, final in zip(old, tiles, new):
+                    for phi, first_value, next_value in zip(phis, initial, final):
+                        phi.add_incoming(first_value, before)
+                        phi.add_incoming(next_value, body)
+                builder.position_at_end(after)
+                return index, old
+
+            outs = vectors(out, out_pitch, 1)
+            fresh, plain, added, again, begin = (
+                builder.append_basic_block(name) for name in ("fresh", "plain", "added", "again", "begin")
+            )
+            zero = constant(0)
+            builder.cbranch(builder.icmp_signed("!=", first, zero), fresh, again)
+            builder.position_at_end(fresh)
+            biases = splat(bias)
+            builder.cbranch(builder.icmp_signed("!=", residual, zero), added, plain)
+            builder.position_at_end(plain)
+            builder.branch(begin)
+            builder.position_at_end(added)
+            sums = [builder.fadd(biases, load(address)) for address in vectors(residual, out_pitch, 1)]
+            builder.branch(begin)
+            builder.position_at_end(again)
+            olds = [load(address) for address in outs]
+            builder.branch(begin)
+            builder.position_at_end(begin)
+            tile = [builder.phi(vector) for _ in places]
+            for phi, total, old in zip(tile, sums, olds):
+                phi.add_incoming(biases, plain)
+                phi.add_incoming(total, added)
+                phi.add_incoming(old, again)
+            nothing = [splat(ir.Constant(f32, 0.0)) for _ in places]
+            tiles = [tile] + [nothing] * (unroll - 1)
+            index, tiles = loop("unrolled", start, unroll, tiles)
+            if unroll > 1:
+                index, tiles = loop("rest", index, 1, tiles)
+            lowest = splat(floor)
+            for place, address in enumerate(outs):
+                total = tiles[0][place]
+                for other in tiles[1:]:
+                    total = builder.fadd(total, other[place])
+                # Not llvm.maxnum, which would make a number of a NaN.
+                total = builder.select(builder.fcmp_ordered("<", total, lowest), lowest, total)
+                stored = builder.store(total, pointer(address, vector))
+                stored.align = 4
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return run
+
+
+@intrinsic
+def arrive(typing, counter):
+    """Add 1 to the integer at an address, for all threads to see."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def look(typing, counter):
+    """The integer at an address, as the other threads left it."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def copy(typing, target, source, size):
+    """Copy `size` bytes from address to address."""
+
+    def codegen(context, builder, signature, args):
+        target, source = (builder.inttoptr(address, ir.IntType(8).as_pointer()) for address in args[:2])
+        cgutils.raw_memcpy(builder, target, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def clear(typing, target, size):
+    """Set `size` bytes at an address to 0."""
+
+    def codegen(context, builder, signature, args):
+        cgutils.memset(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def copy_even(typing, target, source):
+    """Copy 8 floats from address to address, every other one of the source."""
+
+    def codegen(context, builder, signature, args):
+        wide, narrow, indices = (
+            ir.VectorType(ir.FloatType(), 16),
+            ir.VectorType(ir.FloatType(), 8),
+            ir.VectorType(ir.IntType(32), 8),
+        )
+        pair = builder.load(builder.inttoptr(args[1], wide.as_pointer()))
+        pair.align = 4
+        even = builder.shuffle_vector(pair, pair, ir.Constant(indices, list(range(0, 16, 2))))
+        stored = builder.store(even, builder.inttoptr(args[0], narrow.as_pointer()))
+        stored.align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def clear_one(typing, target):
+    """Set one float at an address to 0."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(ir.Constant(ir.FloatType(), 0.0), builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@njit(nogil=True)
+def clear_few(target, count):
+    """Set some floats at an address to 0."""
+    for place in range(count):
+        clear_one(target + 4 * place)
+
+
+@njit(nogil=True, fastmath={"reassoc", "nsz"})
+def mean(values):
+    """The mean of a vector; the order of additions is free, so that it can use vectors."""
+    total = np.float32(0)
+    for value in values:
+        total += value
+    return total / np.float32(len(values))
+
+
+@njit(nogil=True)
+def meet(counter, phase, threads):
+    """Wait until all threads of the team are here; `phase` counts the meetings."""
+    if threads > 1:
+        arrive(counter)
+        while look(counter) < phase * threads:
+            pass

@@ -1,0 +1,202 @@
+"""Where activations lie in memory, and the nonzero weights in the order in which they are read."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sparse.layers import Convolution
+from sparse.loops import CLASSIFY, COLUMNS, CONVOLVE, LOAD, SHIFT
+
+# Chosen by measurement, on a core with 48 KB of L1 cache.
+CACHE = 32 * 1024  # bytes of input that a tile may read of a block of channels
+WORTH = 16  # nonzeros that make loading and storing a tile worth it
+
+Size = tuple[int, int, int]  # channels, height, width
+
+
+@dataclass
+class Plan:
+    """A network made ready for images of one size: the table of operations, and what its numbers point to."""
+
+    operations: np.ndarray  # (operations, COLUMNS) int64
+    values: np.ndarray  # float32, the nonzeros of all layers
+    offsets: np.ndarray  # int32, where each nonzero reads, in bytes from the start of its block of channels
+    starts: np.ndarray  # int64, the first nonzero of each layer, block and filter
+    biases: np.ndarray  # float32
+    nonzeros: list[np.ndarray]  # a layer: how many each filter has
+    floats: int  # memory for activations
+
+    def arena(self) -> np.ndarray:
+        """Zeroed memory for activations that begins where a cache line does."""
+        memory = np.zeros(self.floats + 16, np.float32)
+        skip = -memory.ctypes.data // 4 % 16
+        return memory[skip : skip + self.floats]
+
+    def shares(self, team: int) -> np.ndarray:
+        """(layers, team + 1) int64: where the filters of each thread begin, so that all have as many nonzeros."""
+        shares = np.zeros((len(self.nonzeros), team + 1), np.int64)
+        for share, nonzeros in zip(shares, self.nonzeros):
+            work = np.cumsum(nonzeros + 8)  # a filter without weights still has to be written
+            share[1:-1] = np.searchsorted(work, work[-1] * np.arange(1, team) / team)
+            share[-1] = len(nonzeros)
+        return shares
+
+
+def make_plan(layers: list[Convolution], height: int, width: int, lanes: int, grouped: bool) -> Plan:
+    """The plan for images of one size; `grouped`: a vector holds one pixel of `lanes` images, not pixels of one."""
+    sizes = {0: (layers[0].weight.shape[1], height, width)}
+    last_use = {}
+    for index, layer in enumerate(layers):
+        _, height, width = sizes[layer.source]
+        rows, columns = (height - 1) // layer.stride + 1, (width - 1) // layer.stride + 1
+        sizes[layer.target] = len(layer.weight), rows, columns
+        last_use[layer.source] = last_use[layer.residual] = index
+    planner = (Grouped if grouped else Single)(lanes, layers, sizes)
+    planner.place(0)
+    planner.begin()
+    for index, layer in enumerate(layers):
+        planner.place(layer.target)
+        planner.add(index, layer)
+        for activation, use in last_use.items():
+            if use == index and activation is not None:
+                planner.free.setdefault(sizes[activation], []).append(planner.places[activation])
+    planner.finish(layers[-1].target)
+    rows = [row + [0] * (COLUMNS - len(row)) for row in planner.operations]
+    return Plan(
+        np.array(rows, np.int64),
+        np.concatenate(planner.values),
+        np.concatenate(planner.offsets),
+        np.concatenate(planner.starts),
+        np.concatenate([layer.bias for layer in layers]),
+        planner.nonzeros,
+        planner.floats + 16 * lanes,  # the last vectors may read beyond what is theirs
+    )
+
+
+@dataclass
+class Planner:
+    """What both kinds of plan have in common."""
+
+    lanes: int
+    layers: list[Convolution]
+    sizes: dict[int, Size]  # of each activation
+    places: dict[int, int] = field(default_factory=dict)  # of each activation, in floats
+    free: dict[Size, list[int]] = field(default_factory=dict)
+    floats: int = 16  # the first vectors may read a little before what is theirs
+    operations: list[list[int]] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+    offsets: list[np.ndarray] = field(default_factory=list)
+    starts: list[np.ndarray] = field(default_factory=lambda: [np.zeros(1, np.int64)])
+    nonzeros: list[np.ndarray] = field(default_factory=list)
+    filters: int = 0
+
+    def reserve(self, floats: int) -> int:
+        """A new place, at the start of a cache line."""
+        place = self.floats
+        self.floats += -(-floats // 16) * 16
+        return place
+
+    def place(self, activation: int) -> None:
+        """Give an activation its place, one that is free again if it has the same shape: its border is zero."""
+        size = self.sizes[activation]
+        spare = self.free.get(size)
+        self.places[activation] = spare.pop() if spare else self.reserve(size[0] * self.pitch(size))
+
+    def convolve(
+        self, index: int, layer: Convolution, source: int, per_channel: int, taps: np.ndarray, reads: int, inside: int
+    ) -> list[int]:
+        """The row of a convolution. taps: (k, k), where each weight reads, in floats from the start of its channel;
+        reads: floats that a tile reads of a channel; inside: floats before the first output of an activation."""
+        filters, channels, kernel, _ = layer.weight.shape
+        density = max(np.count_nonzero(layer.weight), 1) / layer.weight.size
+        block = max(1, CACHE // (4 * reads))
+        block = min(channels, max(block, min(int(WORTH / (density * kernel**2)) + 1, 4 * block)))
+        o, c, y, x = np.nonzero(layer.weight)
+        order = np.argsort(c // block, kind="stable")
+        o, c, y, x = o[order], c[order], y[order], x[order]
+        blocks = -(-channels // block)
+        first = sum(map(len, self.starts)) - 1
+        self.values.append(layer.weight[o, c, y, x])
+        self.offsets.append((4 * (c % block * per_channel + taps[y, x])).astype(np.int32))
+        counts = np.bincount(c // block * filters + o, minlength=blocks * filters)
+        self.starts.append(self.starts[-1][-1] + np.cumsum(counts))
+        self.nonzeros.append(np.bincount(o, minlength=filters))
+        residual = -1 if layer.residual is None else self.places[layer.residual] + inside
+        target, pitch = self.places[layer.target] + inside, self.pitch(self.sizes[layer.target])
+        bias, self.filters = self.filters, self.filters + filters
+        return [CONVOLVE, source, block * per_channel, target, pitch, residual, int(layer.relu), filters, blocks] + [
+            first, bias, index,
+        ]  # fmt: skip
+
+
+class Single(Planner):
+    """One image: a vector holds neighbouring pixels. An activation is its channels, each padded to whole vectors."""
+
+    def pitch(self, size: Size) -> int:
+        """Floats from one channel to the next."""
+        return -(-size[1] * size[2] // 16) * 16
+
+    def begin(self) -> None:
+        self.operations.append([LOAD, self.places[0], self.pitch(self.sizes[0])])
+        self.copies = None
+        self.scratch = self.reserve(max(map(self.copied_floats, self.layers)))
+
+    def copied_floats(self, layer: Convolution) -> int:
+        _, channels, kernel, _ = layer.weight.shape
+        _, rows, columns = self.sizes[layer.target]
+        return channels * kernel * layer.stride * (rows + 2) * columns
+
+    def add(self, index: int, layer: Convolution) -> None:
+        kernel, stride = layer.weight.shape[2], layer.stride
+        source, size = self.places[layer.source], self.sizes[layer.source]
+        _, rows, columns = self.sizes[layer.target]
+        vectors = -(-rows * columns // self.lanes)
+        per_channel, taps = self.pitch(size), np.zeros((1, 1), np.int64)
+        reads = min(vectors, 16) * self.lanes
+        if kernel > 1 or stride > 1:
+            # The copies of the layer before may be those that this one needs: a block's shortcut reads them too.
+            if self.copies is None or self.copies[:2] != (layer.source, stride) or self.copies[2] < kernel:
+                self.copies = layer.source, stride, kernel
+                self.operations.append(
+                    [SHIFT, source, per_channel, *size, self.scratch, kernel, stride, rows + 2, columns]
+                )
+            copied = self.copies[2]
+            plane = (rows + 2) * columns
+            y, x = np.divmod(np.arange(kernel**2).reshape(kernel, kernel), kernel)
+            line, phase = np.divmod(y - kernel // 2, stride)
+            taps = ((x + (copied - kernel) // 2) * stride + phase) * plane + (line + 1) * columns
+            source, per_channel = self.scratch, copied * stride * plane
+            reads = kernel * min(stride, kernel) * (reads + 2 * columns)
+        self.operations.append([*self.convolve(index, layer, source, per_channel, taps, reads, 0), vectors])
+
+    def finish(self, activation: int) -> None:
+        size = channels, height, width = self.sizes[activation]
+        self.operations.append([CLASSIFY, self.places[activation], self.pitch(size), channels, height * width])
+
+
+class Grouped(Planner):
+    """As many images as a vector has lanes. An activation is (channels, height + 2, width + 2, lanes): a border of
+    zeros is the padding."""
+
+    def pitch(self, size: Size) -> int:
+        """Floats from one channel to the next."""
+        return (size[1] + 2) * (size[2] + 2) * self.lanes
+
+    def begin(self) -> None:
+        self.operations.append([LOAD, self.places[0], *self.sizes[0]])
+
+    def add(self, index: int, layer: Convolution) -> None:
+        kernel, stride, lanes = layer.weight.shape[2], layer.stride, self.lanes
+        size = self.sizes[layer.source]
+        _, rows, columns = self.sizes[layer.target]
+        line = (size[2] + 2) * lanes
+        taps = np.add.outer(np.arange(kernel) * line, np.arange(kernel) * lanes)
+        source = self.places[layer.source] + (1 - kernel // 2) * (line + lanes)
+        reads = (3 * stride + kernel) * ((lanes // 4 - 1) * stride + kernel) * lanes
+        row = self.convolve(index, layer, source, self.pitch(size), taps, reads, (columns + 3) * lanes)
+        self.operations.append([*row, rows, columns, stride, line])
+
+    def finish(self, activation: int) -> None:
+        size = channels, height, width = self.sizes[activation]
+        first = self.places[activation] + (width + 3) * self.lanes
+        self.operations.append([CLASSIFY, first, self.pitch(size), channels, height, width])

@@ -1,0 +1,148 @@
+"""The sparse engine computes what PyTorch computes."""
+
+import copy
+
+import pytest
+import torch
+
+import models
+import sparse
+import sparse.engine
+from compact import remove_dead_channels
+from sparse.layers import convolutions
+
+
+def pruned(arch: str, density: float, classes: int = 10) -> torch.nn.Module:
+    """A network with random weights, BatchNorm statistics and zeros; its logits are of the order of 1."""
+    torch.manual_seed(1)
+    network = models.build(arch, classes)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.mul_(torch.rand_like(module.weight) < density).div_(max(density, 0.1) ** 0.5)
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+@torch.no_grad()
+def assert_same(engine: sparse.Engine, network: torch.nn.Module, count: int, size: int | tuple = 32) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(count, 3, height, width)
+    expected = copy.deepcopy(network).double()(images.double())
+    error = (engine(images) - expected).abs().max() / expected.abs().max()
+    assert error < 5e-6, f"{count} images of {size}: {error}"
+
+
+@pytest.mark.parametrize(
+    "arch, lanes, threads",
+    [("resnet18", 16, 2), ("resnet18", 8, 1), ("resnet20", 16, 1), ("resnet20", 8, 2), ("resnet50", 16, 2)],
+)
+def test_batches_threads_and_vectors(arch, lanes, threads):
+    network = pruned(arch, 0.15)
+    engine = sparse.Engine(network, 16, threads, lanes)
+    for count in (1, 3, 16, 17, 64):
+        assert_same(engine, network, count, 16)
+
+
+@pytest.mark.parametrize("density", (0, 0.01, 0.1, 0.5, 1))
+def test_every_density_at_full_size(density):
+    network = pruned("resnet18", density)
+    engine = sparse.Engine(network)
+    for count in (1, 16):
+        assert_same(engine, network, count)
+
+
+def test_resnet34():
+    network = pruned("resnet34", 0.1)
+    engine = sparse.Engine(network)
+    for count in (1, 16):
+        assert_same(engine, network, count)
+
+
+@pytest.mark.parametrize("size", (17, 20, 31, 48, (16, 40), (33, 18)))
+def test_any_image_size(size):
+    """Heights and widths that no vector and no tile divides."""
+    network = pruned("resnet20", 0.3)
+    for lanes in (8, 16):
+        engine = sparse.Engine(network, 16, lanes=lanes)
+        for count in (1, lanes):
+            assert_same(engine, network, count, size)
+
+
+def test_large_images_are_computed_one_by_one(monkeypatch):
+    monkeypatch.setattr(sparse.engine, "GROUP_FLOATS", 1000)
+    network = pruned("resnet20", 0.3)
+    engine = sparse.Engine(network, 64)
+    assert_same(engine, network, 20, 64)
+    assert not engine.prepare(64, 64, grouped=True).arenas
+
+
+def test_layers_of_one_kind():
+    """One filter keeps weights, one weight is left, a layer is empty, a layer is full."""
+    network = pruned("resnet18", 0.2)
+    with torch.no_grad():
+        network.layer1[0].conv1.weight[1:] = 0
+        network.layer2[0].conv2.weight.zero_()[5, 7, 2, 0] = 1
+        network.layer3[0].shortcut[0].weight.zero_()
+        network.layer4[1].conv1.weight.normal_(0, 0.02)
+    engine = sparse.Engine(network)
+    for count in (1, 16):
+        assert_same(engine, network, count)
+
+
+def test_other_numbers_of_classes_and_of_channels():
+    network = remove_dead_channels(pruned("resnet20", 0.02, classes=3))
+    assert_same(sparse.Engine(network), network, 17)
+
+
+def test_nan_stays_nan():
+    """An engine that hid it would call a broken network sound."""
+    network = pruned("resnet20", 0.3)
+    images = torch.randn(17, 3, 32, 32)
+    images[3, 1, 10, 10] = images[16, 0, 0, 0] = float("nan")
+    broken = sparse.Engine(network)(images).isnan().all(1)
+    assert broken.nonzero().flatten().tolist() == [3, 16]
+
+
+def test_wrong_input_is_refused():
+    engine = sparse.Engine(pruned("resnet20", 0.3))
+    for images in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"\(N, 3, H, W\) float32"):
+            engine(images)
+    assert engine(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
+
+
+def test_other_logits_are_noticed(monkeypatch):
+    """The check that each engine makes of itself."""
+
+    def wrong(network):
+        layers = convolutions(network)
+        layers[3].weight *= 1.1
+        return layers
+
+    monkeypatch.setattr(sparse.engine, "convolutions", wrong)
+    with pytest.raises(RuntimeError, match="other logits than PyTorch"):
+        sparse.Engine(pruned("resnet20", 0.3))
+
+
+def test_the_network_is_left_alone():
+    network = pruned("resnet20", 0.3).train()
+    before = copy.deepcopy(network.state_dict())
+    sparse.Engine(network)
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_filters_are_shared_by_their_nonzeros():
+    network = pruned("resnet18", 0.5)
+    with torch.no_grad():
+        network.layer1[0].conv1.weight[16:] = 0
+    engine = sparse.Engine(network, threads=2)
+    ready = engine.prepare(32, 32, grouped=False)
+    assert 6 <= ready.shares[2][1, 1] <= 12, "half of the work is in the first 8 of 64 filters"
+    for share, layer in zip(ready.shares[2], engine.layers):
+        assert share[0] == 0 and share[-1] == len(layer.weight) and (share[1:] >= share[:-1]).all()
