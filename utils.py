@@ -178,7 +178,8 @@ def _cpu_has_bf16() -> bool:
 def set_up(device: torch.device) -> None:
     """Choose the device's settings once, before any work on it."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:  # graphs and streams are made on the current device
+            torch.cuda.set_device(device)
         # Let cuDNN time its algorithms; and fp32 means fp32: TF32 would round its inputs to 10 bits.
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False

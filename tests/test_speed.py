@@ -181,6 +181,15 @@ def test_memory_is_not_mapped_anew_in_each_step():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
 
 
+def test_a_gpu_without_a_number_can_be_set_up(monkeypatch):
+    """As far as that goes without one: nothing here touches it."""
+    for setting in "benchmark", "allow_tf32":
+        monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
+    utils.set_up(torch.device("cuda"))
+    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_the_state_is_kept_now_and_then_and_at_the_end(monkeypatch):
     clock = iter(range(0, 10_000, 12))  # seconds; read once at the start, after each epoch and after each state
     monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
