@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils import Failure, Interrupted, stop_requested
 
-KEEP_SECONDS = 30  # of training that a crash may cost, if an epoch is not longer
+KEEP_SECONDS = 30  # that, and an epoch, is what a crash may cost of training
 WARM_UP = 3  # ordinary steps before one is recorded: libraries choose their algorithms in them
 
 
