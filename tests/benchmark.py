@@ -66,7 +66,7 @@ def main() -> None:
     gpu = args.device.type == "cuda"
     dtype = utils.choose_dtype(args.precision, args.device)
     # Steps that are timed of each loop in a round: half a minute or so on two cores, an epoch of ours on a GPU.
-    classic_steps, our_steps = (60, 390) if gpu else (2, 4) if args.quick else (4, 10)
+    classic_steps, our_steps = (60, 390) if gpu else (2, 3) if args.quick else (4, 10)
     rounds = args.rounds or (2 if args.quick else 5)
     images = load(args, (max(classic_steps, our_steps) + 6) * args.batch_size)
     print(description(args, dtype))
@@ -335,10 +335,10 @@ def growth_tables(args: argparse.Namespace, dtype: torch.dtype) -> str:
         changed = argparse.Namespace(**vars(args) | {"batch_size": batch_size, "arch": arch})
         return OurLoop(changed, images, dtype).time(steps) / steps * EPOCH / batch_size
 
-    sizes = [args.batch_size // 4, args.batch_size // 2, args.batch_size, args.batch_size * 2]
+    sizes = [args.batch_size // 4, args.batch_size // 2, args.batch_size, args.batch_size * 2][: 3 if args.quick else 4]
     block, depths, widths = models.ARCHITECTURES[args.arch]
     factors = (0.25, 0.5, 1, 2) if gpu or not args.quick else (0.25, 0.5, 1)
-    counts = [12_500, 25_000, 50_000] if gpu else [128, 256, 512] if args.quick else [1000, 2000, 4000]
+    counts = [12_500, 25_000, 50_000] if gpu else [128, 256] if args.quick else [1000, 2000, 4000]
     tables = [
         ("batch size", sizes, [epoch(size) for size in tqdm(sizes, "batch size", disable=None, leave=False)]),
         (
