@@ -30,7 +30,7 @@ DENSE = "ckpt.pth"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = utils.Parser(description="Train, prune by global magnitude, retrain.")
+    parser = utils.Parser(description="Train, prune by magnitude, retrain.")
     pruned = parser.add_argument_group("pruning")
     pruned.add_argument(
         "-pr",
@@ -48,6 +48,13 @@ def parse_args() -> argparse.Namespace:
         choices=("single", "iter"),
         default=[],
         help="prune at once, or in steps with retraining between them",
+    )
+    pruned.add_argument(
+        "--allocation",
+        choices=pruning.ALLOCATIONS,
+        default="global",
+        help="how many zeros each layer gets: by one threshold over all; the same share, but first and last layer "
+        "dense; by the layer's shape (Evci et al. 2020); by one threshold of LAMP scores (Lee et al. 2021)",
     )
     pruned.add_argument(
         "--retrain-epochs", type=utils.positive_int, default=20, metavar="N", help="single: epochs after pruning"
@@ -91,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.pr) != bool(args.shot):
         parser.error("-pr and -shot go together: what sparsity, and how to get there")
-    for flag, values in ("-pr", [result_name(s, "") for s in args.pr]), ("-shot", args.shot):
+    for flag, values in ("-pr", [result_name(s, "", "") for s in args.pr]), ("-shot", args.shot):
         if len(set(values)) < len(values):
             parser.error(f"argument {flag}: the same value twice")
     return args
@@ -138,13 +145,13 @@ def train_dense(lab: "Lab") -> dict:
 
 def prune_one_shot(lab: "Lab", dense: dict, sparsity: float) -> None:
     """Prune the dense network to `sparsity` at once, retrain, save."""
-    result, stage = result_name(sparsity, "single"), f"{100 * sparsity:g}percent_single"
+    result, stage = lab.result_name(sparsity, "single"), f"{100 * sparsity:g}percent_single"
     settings = lab.pruned_settings(dense, "single") | {"sparsity": sparsity, "retrain_epochs": lab.args.retrain_epochs}
     if lab.skip(result, settings):
         lab.directory.forget(stage)
         return
     network = lab.place(store.network_of(dense))
-    masks = pruning.choose(network, round(sparsity * lab.weights))
+    masks = pruning.choose(network, round(sparsity * lab.weights), allocation=lab.args.allocation)
     history = lab.train(network, stage, lab.args.retrain_epochs, settings, masks)
     lab.finish(result, network, settings, history, dense)
     lab.directory.forget(stage)
@@ -157,7 +164,7 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     steps = lab.pruned_settings(dense, "iter") | {"step": args.step, "step_epochs": args.step_epochs}
     trunk = lab.directory.kept("iter_trunk", steps)
     for sparsity in targets:
-        result = result_name(sparsity, "iter")
+        result = lab.result_name(sparsity, "iter")
         settings = steps | {"sparsity": sparsity, "final_epochs": args.final_epochs}
         stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
         if lab.skip(result, settings):
@@ -170,12 +177,12 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
         masks, history = trunk["masks"], trunk["history"]
         for step, zeros in enumerate(shared[trunk["step"] :], trunk["step"] + 1):
             stage = f"iter_step{step}"
-            masks = pruning.choose(network, zeros, masks)
+            masks = pruning.choose(network, zeros, masks, args.allocation)
             history = history + lab.train(network, stage, args.step_epochs, steps, masks)
             trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
-        masks = pruning.choose(network, last, masks)
+        masks = pruning.choose(network, last, masks, args.allocation)
         for stage, epochs in zip(stages, (args.step_epochs, args.final_epochs)):
             history = history + lab.train(network, stage, epochs, settings, masks)
         lab.finish(result, network, settings, history, dense)
@@ -183,9 +190,9 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     lab.directory.forget("iter_trunk")
 
 
-def result_name(sparsity: float, mode: str) -> str:
-    """The file of a pruned network: 90percent_iter_ckpt.pth."""
-    return f"{100 * sparsity:g}percent_{mode}_ckpt.pth"
+def result_name(sparsity: float, mode: str, allocation: str) -> str:
+    """The file of a pruned network: 90percent_iter_ckpt.pth, or 90percent_iter_erk_ckpt.pth."""
+    return f"{100 * sparsity:g}percent_{mode}{'' if allocation == 'global' else f'_{allocation}'}_ckpt.pth"
 
 
 class Lab:
@@ -207,9 +214,15 @@ class Lab:
             network = models.build(args.arch, len(images.classes))
         self.weights = sum(weight.numel() for weight in pruning.prunable(network).values())
         for sparsity in args.pr:
-            if round(sparsity * self.weights) == self.weights:
+            zeros, most = round(sparsity * self.weights), pruning.most_zeros(network, args.allocation)
+            if zeros == self.weights:
                 raise utils.Failure(f"argument -pr: {sparsity} of {self.weights} weights leaves none")
-        asked = [result_name(sparsity, mode) for mode in args.shot for sparsity in args.pr] or [DENSE]
+            if zeros > most:
+                raise utils.Failure(
+                    f"argument -pr: {sparsity} of {self.weights} weights is more than the {most} that "
+                    f"--allocation {args.allocation} can prune"
+                )
+        asked = [self.result_name(sparsity, mode) for mode in args.shot for sparsity in args.pr] or [DENSE]
         for name in {DENSE, *asked}:
             self.check_same_experiment(args.checkpoint_dir / name, replaced=args.force and name in asked)
         # At most the trunk and one stage with momentum, and the next version of each beside it.
@@ -244,6 +257,8 @@ class Lab:
         for path, saved in self.directory.unfinished():
             asked = {name: self.settings[name] for name in self.settings if name in saved}
             mode = saved.get("mode")
+            if mode:
+                asked["allocation"] = self.args.allocation
             if mode and mode not in self.args.shot:
                 asked["mode"] = " ".join(self.args.shot) or "dense"
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
@@ -275,7 +290,10 @@ class Lab:
         return dense | {"digest": store.digest(dense["net"])}
 
     def pruned_settings(self, dense: dict, mode: str) -> dict:
-        return self.settings | {"mode": mode, "parent": dense["digest"]}
+        return self.settings | {"mode": mode, "allocation": self.args.allocation, "parent": dense["digest"]}
+
+    def result_name(self, sparsity: float, mode: str) -> str:
+        return result_name(sparsity, mode, self.args.allocation)
 
     def place(self, network: nn.Module) -> nn.Module:
         """The network on the device, in the layout that convolutions are fastest in."""
@@ -335,7 +353,12 @@ class Lab:
             checkpoint["dense_acc"] = dense["acc"]
             drop = f", drop {dense['acc'] - score.accuracy:.2f} points"
         self.directory.finish(result, checkpoint)
-        print(f"{self.directory.path / result}: test accuracy {score.accuracy:.2f} %, loss {score.loss:.4f}{drop}")
+        counts = pruning.multiply_adds(network, self.args.image_size).values()
+        dense_count, nonzero = (sum(column) / 1e6 for column in zip(*counts))
+        print(
+            f"{self.directory.path / result}: test accuracy {score.accuracy:.2f} %, loss {score.loss:.4f}{drop}, "
+            f"{nonzero:,.1f} of {dense_count:,.1f} million multiply-adds"
+        )
 
 
 if __name__ == "__main__":

@@ -133,7 +133,15 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
         raise Failure(f"{path} is not a checkpoint: its values are of no type that is known")
     if "settings" in checkpoint:
         settings = checkpoint["settings"]
-        kinds = {"arch": str, "dataset": str, "image_size": int, "parent": str, "mode": str, "sparsity": (int, float)}
+        kinds = {
+            "arch": str,
+            "dataset": str,
+            "image_size": int,
+            "parent": str,
+            "mode": str,
+            "allocation": str,
+            "sparsity": (int, float),
+        }
         # What was measured before a packed network was rounded is not said of the rounded one.
         good = isinstance(settings, dict) and ("acc" in facts or "values" in checkpoint) and "zeros" in facts
         good = good and {"arch", "dataset", "image_size"} <= set(settings)
@@ -171,6 +179,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 def difference(saved: dict, asked: dict) -> str:
     """The settings in which two runs differ, for a person to read; empty when they agree."""
+    saved = {"allocation": "global"} | saved  # which files do not say that are older than the choice
     return ", ".join(
         f"{name} {saved.get(name)} there, {value} asked" for name, value in asked.items() if saved.get(name) != value
     )

@@ -1,7 +1,7 @@
 """Reload every checkpoint of a directory, count and measure it anew, compare.
 
     python test.py                          the table, results.csv and results.png of checkpoint/
-    python test.py --layers                 also the sparsity of each layer
+    python test.py --layers                 also sparsity and multiply-adds of each layer
 
 Nothing in a file is believed: zeros are counted and the accuracy is measured on the whole test set. A file
 that cannot be read, or that says something else than is found, is named, and the exit code is 1.
@@ -22,8 +22,8 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import tabulate
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 import data
@@ -34,14 +34,17 @@ import utils
 
 DENSE = "ckpt.pth"
 PRUNED_NAME = re.compile(
-    r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)_ckpt(\.pth|(\.bf16|\.fp16)?\.packed)"
+    r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)(_(?P<allocation>[a-z]+))?_ckpt"
+    r"(\.pth|(\.bf16|\.fp16)?\.packed)"
 )
+MODES = {"single": "one-shot", "iter": "iterative"}
+COLORS = {"global": "C0", "uniform": "C1", "erk": "C2", "lamp": "C3"}
 
 
 def parse_args() -> argparse.Namespace:
     parser = utils.Parser(description="Reload every checkpoint of a directory and report sparsity and accuracy.")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"), metavar="DIR", help="what to report")
-    parser.add_argument("--layers", action="store_true", help="also print the sparsity of each layer")
+    parser.add_argument("--layers", action="store_true", help="also print sparsity and multiply-adds of each layer")
     utils.add_data_arguments(parser, None, None)
     utils.add_device_arguments(parser, "of the measurement; auto is fp32, in which main.py measures too")
     return parser.parse_args()
@@ -57,7 +60,7 @@ def main() -> int:
         return complain(problems)
     images = load_images(args, checkpoints)
     batches = data.TestBatches(images, device)
-    rows, layers, dense, dense_digest = [], {}, None, ""
+    rows, layers, counts, dense, dense_digest = [], {}, {}, None, ""
     for path, checkpoint in tqdm(checkpoints.items(), "measuring", leave=False, disable=None):
         try:
             check_data(path, checkpoint, images)
@@ -65,13 +68,16 @@ def main() -> int:
             problems.append(str(failure))
             continue
         network = store.network_of(checkpoint).to(device, memory_format=torch.channels_last)
-        layers[path.name] = pruning.count(network)
+        zeros = pruning.count(network)
+        multiply_adds = pruning.multiply_adds(network, images.test.images.shape[1])
+        if path.suffix == ".pth" or zeros not in layers.values():  # a packed file has the zeros of the other
+            layers[path.name], counts[path.name] = zeros, multiply_adds
         score = engine.evaluate(network, batches, dtype)
         parent = dense
         if dense and checkpoint.get("settings", {}).get("parent", dense_digest) != dense_digest:
             problems.append(f"{path} was pruned from another network than {DENSE}: main.py --force makes it again")
             parent = None
-        rows.append(Row.of(path, images.name, checkpoint, layers[path.name], score, parent))
+        rows.append(Row.of(path, images.name, checkpoint, zeros, multiply_adds, score, parent))
         problems += contradictions(path, checkpoint, rows[-1], score, parent)
         if path.name == DENSE:
             dense, dense_digest = score, store.digest(checkpoint["net"])
@@ -79,7 +85,7 @@ def main() -> int:
         if rows:
             report(rows, args.checkpoint_dir)
         if rows and args.layers:
-            print("\n" + layer_table(layers))
+            print("\n" + layer_tables(layers, counts))
     finally:
         complain(problems)
     return 1 if problems else 0
@@ -142,13 +148,15 @@ def check_data(path: Path, checkpoint: dict, images: data.Dataset) -> None:
 @dataclass
 class Row:
     """One checkpoint. Sparsities and accuracies in percent, drop in points; `values` is the type that the weights
-    were rounded to for packing, else fp32, `sparsity` is over the pruned layers, `accuracy_before` that of the dense
-    network it was pruned from."""
+    were rounded to for packing, else fp32, `sparsity` is over the pruned layers, `compression` all parameters over
+    those that are not zero, multiply-adds in millions for an image, `accuracy_before` that of the dense network it was
+    pruned from."""
 
     file: str
     arch: str
     dataset: str
     mode: str
+    allocation: str
     values: str
     sparsity_asked: float | None
     sparsity: float
@@ -159,16 +167,28 @@ class Row:
     loss: float
     zeros: int
     nonzero_weights: int
+    compression: float | None
+    multiply_adds_dense: float
+    multiply_adds: float
+    theoretical_speed_up: float | None
     file_bytes: int
 
     @classmethod
     def of(
-        cls, path: Path, dataset: str, checkpoint: dict, layers: dict, score: engine.Score, dense: engine.Score | None
+        cls,
+        path: Path,
+        dataset: str,
+        checkpoint: dict,
+        layers: dict,
+        counts: dict,
+        score: engine.Score,
+        dense: engine.Score | None,
     ) -> "Row":
         name = PRUNED_NAME.fullmatch(path.name)
         settings = checkpoint.get("settings", {})
         asked = 100 * settings["sparsity"] if "sparsity" in settings else float(name["percent"]) if name else None
         zeros, weights = (sum(column) for column in zip(*layers.values()))
+        dense_count, nonzero_count = (sum(column) for column in zip(*counts.values()))
         parameters = sum(v.numel() for k, v in checkpoint["net"].items() if k.endswith((".weight", ".bias")))
         before = (
             dense.accuracy if dense else checkpoint.get("dense_acc")
@@ -178,6 +198,7 @@ class Row:
             arch=checkpoint["arch"],
             dataset=dataset,
             mode=settings.get("mode", name["mode"] if name else "dense"),
+            allocation=settings.get("allocation", (name and name["allocation"]) or "global"),
             values=checkpoint.get("values", "fp32"),
             sparsity_asked=asked,
             sparsity=100 * zeros / weights,
@@ -188,6 +209,10 @@ class Row:
             loss=score.loss,
             zeros=zeros,
             nonzero_weights=weights - zeros,
+            compression=parameters / (parameters - zeros) if zeros < parameters else None,
+            multiply_adds_dense=dense_count / 1e6,
+            multiply_adds=nonzero_count / 1e6,
+            theoretical_speed_up=dense_count / nonzero_count if nonzero_count else None,
             file_bytes=path.stat().st_size,
         )
 
@@ -221,21 +246,27 @@ def report(rows: list[Row], directory: Path) -> None:
     """Print the table; write it as results.csv and its picture as results.png."""
     table = [
         {
-            "model": row.file,
+            "model": row.file if len(row.file) < 27 else row.file.replace("_ckpt", "_\nckpt"),
             "asked %": row.sparsity_asked,
             "found %": f"{row.sparsity:.4f}",
-            "of all parameters %": f"{row.sparsity_all_parameters:.4f}",
+            "of all %": row.sparsity_all_parameters,
             "nonzero weights": f"{row.nonzero_weights:,}",
-            "accuracy before %": row.accuracy_before,
-            "accuracy after %": row.accuracy,
-            "drop points": row.drop,
+            "all / nonz.": row.compression,
+            "mult- adds M": row.multiply_adds,
+            "times fewer": row.theoretical_speed_up,
+            "acc. before %": row.accuracy_before,
+            "acc. after %": row.accuracy,
+            "drop pts": row.drop,
             "loss": f"{row.loss:.4f}",
-            "file MB": f"{row.file_bytes / 1e6:.2f}",
+            "file MB": row.file_bytes / 1e6,
         }
         for row in rows
     ]
     headers = {name: name.replace(" ", "\n") for name in table[0]}
-    print(tabulate(table, headers, floatfmt=".2f", missingval="-", disable_numparse=[2, 3, 8, 9], stralign="right"))
+    tabulate.MIN_PADDING = 0  # so that 120 characters are enough
+    print(
+        tabulate.tabulate(table, headers, floatfmt=".2f", missingval="-", disable_numparse=[2, 4, 11], stralign="right")
+    )
     lines = io.StringIO()
     writer = csv.DictWriter(lines, asdict(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -245,26 +276,37 @@ def report(rows: list[Row], directory: Path) -> None:
 
 
 def picture(rows: list[Row]) -> bytes:
-    """Accuracy against sparsity, one-shot and iterative, with the dense network as a line; a PNG."""
+    """Accuracy against sparsity and against multiply-adds, a line a mode and allocation, the dense network as a line
+    across; a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for row in rows:
         if row.file == DENSE:
-            axes.axhline(row.accuracy, color="0.4", linestyle="--", label=f"dense, {row.accuracy:.2f} %")
-    for mode, label, marker in ("single", "one-shot", "o"), ("iter", "iterative", "s"):
-        # A packed file is the same network again; a rounded one is another, and has its row in the table.
-        points = sorted({(row.sparsity, row.accuracy) for row in rows if row.mode == mode and row.values == "fp32"})
-        if points:
-            axes.plot(*zip(*points), marker=marker, label=label)
-    axes.set(xlabel="zeros among the weights of the pruned layers (%)", ylabel="test accuracy (%)")
-    axes.set_title(f"{rows[0].arch} on {rows[0].dataset}", parse_math=False)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+            for axes in panels:
+                axes.axhline(row.accuracy, color="0.4", linestyle="--", label=f"dense, {row.accuracy:.2f} %")
+    for axes, x in zip(panels, ("sparsity", "multiply_adds")):
+        for mode, marker in ("single", "o"), ("iter", "s"):
+            for allocation, color in COLORS.items():
+                # A packed file is the same network again; a rounded one is another, and has its row in the table.
+                line = [r for r in rows if (r.mode, r.allocation, r.values) == (mode, allocation, "fp32")]
+                points = sorted({(getattr(row, x), row.accuracy) for row in line})
+                if points:
+                    label = MODES[mode] + ("" if allocation == "global" else f", {allocation}")
+                    style = {"single": "-", "iter": ":"}[mode]
+                    axes.plot(*zip(*points), style, marker=marker, color=color, label=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(xlabel="zeros among the weights of the pruned layers (%)", ylabel="test accuracy (%)")
+    panels[1].set(xlabel="multiply-adds with nonzero weights, of an image (millions)", xscale="log")
+    panels[1].invert_xaxis()
+    for axis in panels[1].xaxis.set_major_formatter, panels[1].xaxis.set_minor_formatter:
+        axis("{x:g}")
+    figure.suptitle(f"{rows[0].arch} on {rows[0].dataset}", parse_math=False)
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend()
     image = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of letters in the name of a folder that the font does not have
         figure.savefig(image, format="png", dpi=150, metadata={"Software": None})
@@ -272,15 +314,20 @@ def picture(rows: list[Row]) -> bytes:
     return image.getvalue()
 
 
-def layer_table(layers: dict[str, dict[str, tuple[int, int]]]) -> str:
-    """The sparsity of each layer in percent: a row a layer, a column a checkpoint."""
-    names = dict.fromkeys(name for counts in layers.values() for name in counts)
-    rows = []
+def layer_tables(layers: dict[str, dict[str, tuple[int, int]]], counts: dict[str, dict[str, tuple[int, int]]]) -> str:
+    """Two tables, a row a layer and a column a checkpoint: sparsity in percent, and millions of multiply-adds with
+    nonzero weights, of which the first column has all."""
+    files = [file.removesuffix("_ckpt.pth").replace("percent_", "%\n") for file in layers]
+    names = dict.fromkeys(name for columns in layers.values() for name in columns)
+    rows, count_rows = [], []
     for name in names:
-        shares = [100 * counts[name][0] / counts[name][1] if name in counts else None for counts in layers.values()]
+        shares = [100 * zeros[name][0] / zeros[name][1] if name in zeros else None for zeros in layers.values()]
         rows.append([name, *shares])
-    files = [file.removesuffix("_ckpt.pth") for file in layers]
-    return tabulate(rows, ["zeros % of layer", *files], floatfmt=".2f", missingval="-")
+        found = [columns.get(name, (None, None)) for columns in counts.values()]
+        dense = next(dense for dense, _ in found if dense is not None)
+        count_rows.append([name, *((None if n is None else n / 1e6) for n in (dense, *(n for _, n in found)))])
+    tables = (["zeros % of layer", *files], rows), (["multiply-adds (millions)", "all", *files], count_rows)
+    return "\n\n".join(tabulate.tabulate(rows, header, floatfmt=".2f", missingval="-") for header, rows in tables)
 
 
 if __name__ == "__main__":

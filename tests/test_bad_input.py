@@ -18,6 +18,12 @@ BAD = [
         (("-pr", value, "-shot", "single"), f"-pr: '{value}' is not a sparsity")
         for value in ("1", "1.5", "-0.2", "nan", "ninety", "inf")
     ],
+    (
+        ("-pr", "0.999", "-shot", "iter", "--allocation", "uniform"),
+        "than the 269804 that --allocation uniform can prune",
+    ),
+    (("-pr", "0.99999", "-shot", "iter", "--allocation", "lamp"), "than the 270362 that --allocation lamp can prune"),
+    (("-pr", "0.5", "-shot", "iter", "--allocation", "layer"), "invalid choice: 'layer'"),
     (("-pr", "0.999999", "-shot", "iter"), "of 270384 weights leaves none"),
     (("-pr", "0.99999999", "-shot", "iter"), "more than six digits"),
     (("-pr", "1e-8", "-shot", "iter"), "more than six digits"),

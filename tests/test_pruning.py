@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference_resnet18 import ResNet18
 from torch import nn
 
 import models
@@ -133,3 +134,117 @@ def test_pruned_weights_stay_zero_through_momentum_and_weight_decay():
     pruning.apply(net, masks)
     zeros = torch.cat([weight[~masks[name]].detach() for name, weight in pruning.prunable(net).items()])
     assert not zeros.signbit().any(), "a pruned weight is -0.0"
+
+
+def zeros_of(masks: dict) -> list[int]:
+    return [int((~mask).sum()) for mask in masks.values()]
+
+
+@pytest.mark.parametrize("allocation", pruning.ALLOCATIONS)
+@given(data=st.data())
+def test_every_allocation_is_exact_monotone_and_leaves_each_layer_a_weight(allocation, data):
+    net, masks = network(ties=True, zeros=data.draw(st.sampled_from([0.0, 0.5, 1.0]))), None
+    most = pruning.most_zeros(net, allocation)
+    for zeros in sorted(data.draw(st.lists(st.integers(0, most), min_size=1, max_size=4))):
+        new = pruning.choose(net, zeros, masks, allocation)
+        assert sum(zeros_of(new)) == zeros
+        if masks:
+            assert not (flat(new) & ~flat(masks)).any(), "a pruned weight came back"
+        if allocation != "global":
+            assert all(mask.any() for mask in new.values()), "a layer is empty"
+        masks = new
+        with torch.no_grad():
+            for weight in pruning.prunable(net).values():
+                weight.normal_()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "lamp"])
+def test_more_zeros_than_an_allocation_can_prune_are_refused(allocation):
+    net = network()
+    most = pruning.most_zeros(net, allocation)
+    assert most == {"uniform": 40 - 1}.get(allocation, 216 + 40 + 140 - 3)
+    with pytest.raises(ValueError, match="zeros"):
+        pruning.choose(net, most + 1, None, allocation)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+def test_layers_lose_their_smallest_magnitudes(allocation):
+    net = models.build("resnet20", 10)
+    for mask, weight in zip(
+        pruning.choose(net, 200_000, None, allocation).values(), pruning.prunable(net).values(), strict=True
+    ):
+        magnitude = weight.detach().abs()
+        assert mask.all() or magnitude[~mask].max() <= magnitude[mask].min()
+
+
+def test_uniform_keeps_the_first_and_the_last_layer_dense_and_prunes_the_others_alike():
+    net = models.build("resnet20", 10)
+    zeros = zeros_of(pruning.choose(net, 243_806, None, "uniform"))
+    sizes = [weight.numel() for weight in pruning.prunable(net).values()]
+    assert zeros[0] == zeros[-1] == 0
+    share = 243_806 / sum(sizes[1:-1])
+    assert all(abs(z - share * size) < 1 for z, size in zip(zeros[1:-1], sizes[1:-1]))
+
+
+@pytest.mark.parametrize("target", [20_000, 135_000, 243_806, 265_000])
+def test_erk_densities_are_in_proportion_to_the_dimensions_of_the_layers(target):
+    net = models.build("resnet20", 10)
+    weights = pruning.prunable(net).values()
+    raw = [sum(weight.shape) / weight.numel() for weight in weights]
+    low, high = 0.0, 1e6  # by bisection, to know the factor without the code's way of finding it
+    for _ in range(200):
+        middle = (low + high) / 2
+        kept = sum(min(1, middle * r) * weight.numel() for r, weight in zip(raw, weights))
+        low, high = (middle, high) if kept < sum(w.numel() for w in weights) - target else (low, middle)
+    for zeros, r, weight in zip(zeros_of(pruning.choose(net, target, None, "erk")), raw, weights):
+        assert abs(zeros - (1 - min(1, low * r)) * weight.numel()) < 1
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 100, 300, 390, 393])
+def test_lamp_is_one_threshold_on_the_scores_of_its_paper(zeros):
+    net = network()
+    scores = {}
+    for name, weight in pruning.prunable(net).items():
+        squares = weight.detach().double().square().flatten()
+        scores[name] = torch.stack([square / squares[squares >= square].sum() for square in squares])
+    masks = pruning.choose(net, zeros, None, "lamp")
+    kept, every = flat(masks), flat(scores)
+    assert int((~kept).sum()) == zeros
+    assert zeros == 0 or every[~kept].max() < every[kept].min()
+
+
+def test_resnet18_has_555_million_multiply_adds():
+    net = models.build("resnet18", 10)
+    statistics = {name: value.clone() for name, value in net.named_buffers()}
+    found = pruning.multiply_adds(net, 32)
+    assert net.training and all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
+    assert not any(module._forward_hooks for module in net.modules())
+    # Counted another way: every output number of a layer in a network of other code is one inner product.
+    products = {}
+
+    def count(name, module, output):
+        length = module.weight[0].numel()
+        products[name] = output.numel() * length
+
+    theirs = ResNet18().eval()
+    for name, module in theirs.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda m, _i, o, name=name: count(f"{name}.weight", m, o))
+    theirs(torch.zeros(1, 3, 32, 32))
+    assert {name: dense for name, (dense, _) in found.items()} == products
+    assert sum(products.values()) == 555_422_720
+
+
+def test_nonzero_multiply_adds_are_nonzeros_times_pixels():
+    net = models.build("resnet20", 10).to(memory_format=torch.channels_last)
+    pruning.apply(net, pruning.choose(net, 243_806))
+    found = pruning.multiply_adds(net, 33)
+    sides = {
+        "conv1.weight": 33,
+        "layer1.0.conv1.weight": 33,
+        "layer2.0.shortcut.0.weight": 17,
+        "layer3.2.conv2.weight": 9,
+    }
+    for name, side in (sides | {"linear.weight": 1}).items():
+        weight = pruning.prunable(net)[name]
+        assert found[name] == (weight.numel() * side**2, int((weight != 0).sum()) * side**2)
