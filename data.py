@@ -4,6 +4,7 @@ A data set is held in memory as bytes, 3 kB an image of 32x32. Batches are cropp
 the device that trains: many times faster than one image at a time, with the same distribution.
 """
 
+import argparse
 import hashlib
 import io
 import os
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import Failure, derive_seed
+from utils import Failure, derive_seed, difference
 
 PADDING = 4  # pixels on each side, black, before a random crop
 CROPPED_AT_ONCE = 2**25  # bytes of images
@@ -200,6 +201,26 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def of_checkpoints(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> Dataset:
+    """The data set asked for; without a word from the user, the one that the checkpoints were made with."""
+    settings = next((c["settings"] for c in checkpoints.values() if "settings" in c), {})
+    name = args.dataset or settings.get("dataset", "cifar10")
+    if not args.dataset and name.startswith("folder "):
+        raise Failure("these checkpoints were made with a folder of images: say where it is with --dataset")
+    return load(name, args.data_dir, args.image_size or settings.get("image_size", 32))
+
+
+def check(path: Path, checkpoint: dict, images: Dataset) -> None:
+    """Failure when a network cannot be measured on these images."""
+    classes = len(checkpoint["net"]["linear.weight"])
+    if classes != len(images.classes):
+        raise Failure(f"{path} tells {classes} classes apart, and {images.name} has {len(images.classes)}")
+    settings = checkpoint.get("settings", {})
+    mine = {"dataset": images.identity, "image_size": images.test.images.shape[1]}
+    if settings and (other := difference(settings, mine)):
+        raise Failure(f"{path} was made with other images: {other}")
 
 
 class TestBatches:

@@ -249,7 +249,7 @@ class Lab:
         mine["classes"] = len(self.images.classes)
         theirs = mine | checkpoint.get("settings", {})
         theirs |= {"arch": checkpoint["arch"], "classes": len(checkpoint["net"]["linear.weight"])}
-        if other := store.difference(theirs, mine):
+        if other := utils.difference(theirs, mine):
             raise utils.Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
 
     def check_unfinished(self) -> None:
@@ -263,7 +263,7 @@ class Lab:
                 asked["mode"] = " ".join(self.args.shot) or "dense"
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
                 asked["sparsity"] = " ".join(map(str, self.args.pr))
-            if other := store.difference(saved, asked):
+            if other := utils.difference(saved, asked):
                 raise utils.Failure(f"{path} was made with other settings: {other}")
 
     def skip(self, result: str, settings: dict) -> bool:
@@ -279,7 +279,7 @@ class Lab:
         """What a checkpoint was made with instead of `settings`, in brackets; nothing when they agree."""
         if "settings" not in checkpoint:
             return " (made by another program)"
-        other = store.difference(checkpoint["settings"], settings)
+        other = utils.difference(checkpoint["settings"], settings)
         return f" ({other})" if other else ""
 
     def load_dense(self) -> dict:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import models
 import packed
-from utils import Failure
+from utils import Failure, difference
 
 
 def write(path: Path, content: bytes) -> None:
@@ -175,14 +175,6 @@ def digest(state: dict[str, Tensor]) -> str:
         sha.update(name.encode())
         sha.update(state[name].contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
-
-
-def difference(saved: dict, asked: dict) -> str:
-    """The settings in which two runs differ, for a person to read; empty when they agree."""
-    saved = {"allocation": "global"} | saved  # which files do not say that are older than the choice
-    return ", ".join(
-        f"{name} {saved.get(name)} there, {value} asked" for name, value in asked.items() if saved.get(name) != value
-    )
 
 
 class Directory:

@@ -58,12 +58,12 @@ def main() -> int:
     checkpoints, problems = read_all(args.checkpoint_dir)
     if not checkpoints:
         return complain(problems)
-    images = load_images(args, checkpoints)
+    images = data.of_checkpoints(args, checkpoints)
     batches = data.TestBatches(images, device)
     rows, layers, counts, dense, dense_digest = [], {}, {}, None, ""
     for path, checkpoint in tqdm(checkpoints.items(), "measuring", leave=False, disable=None):
         try:
-            check_data(path, checkpoint, images)
+            data.check(path, checkpoint, images)
         except utils.Failure as failure:
             problems.append(str(failure))
             continue
@@ -123,26 +123,6 @@ def read_all(directory: Path) -> tuple[dict[Path, dict], list[str]]:
     if not (checkpoints or problems):
         raise utils.Failure(f"{directory} holds no checkpoint (*.pth, *.packed): python main.py makes them")
     return checkpoints, problems
-
-
-def load_images(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> data.Dataset:
-    """The data set asked for; without a word from the user, the one that the checkpoints were made with."""
-    settings = next((c["settings"] for c in checkpoints.values() if "settings" in c), {})
-    name = args.dataset or settings.get("dataset", "cifar10")
-    if not args.dataset and name.startswith("folder "):
-        raise utils.Failure("these checkpoints were made with a folder of images: say where it is with --dataset")
-    return data.load(name, args.data_dir, args.image_size or settings.get("image_size", 32))
-
-
-def check_data(path: Path, checkpoint: dict, images: data.Dataset) -> None:
-    """Failure when a network cannot be measured on these images."""
-    classes = len(checkpoint["net"]["linear.weight"])
-    if classes != len(images.classes):
-        raise utils.Failure(f"{path} tells {classes} classes apart, and {images.name} has {len(images.classes)}")
-    settings = checkpoint.get("settings", {})
-    mine = {"dataset": images.identity, "image_size": images.test.images.shape[1]}
-    if settings and (other := store.difference(settings, mine)):
-        raise utils.Failure(f"{path} was made with other images: {other}")
 
 
 @dataclass

@@ -136,6 +136,14 @@ def derive_seed(*key: object) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
 
+def difference(saved: dict, asked: dict) -> str:
+    """The settings in which two runs differ, for a person to read; empty when they agree."""
+    saved = {"allocation": "global"} | saved  # which files do not say that are older than the choice
+    return ", ".join(
+        f"{name} {saved.get(name)} there, {value} asked" for name, value in asked.items() if saved.get(name) != value
+    )
+
+
 def choose_device(name: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:N`; Failure when it is not there."""
     if name == "auto":

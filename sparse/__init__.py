@@ -11,5 +11,6 @@ an engine is made: nobody needs a C++ compiler.
 """
 
 from sparse.engine import Engine
+from sparse.kernels import lanes_of_this_cpu
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "lanes_of_this_cpu"]

@@ -49,7 +49,7 @@ class Engine:
         """(N, 3, H, W) float32 images -> (N, classes) float32 logits. One call at a time."""
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
             raise ValueError(f"images are (N, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}")
-        pixels = images.detach().numpy()
+        pixels = np.ascontiguousarray(images.detach().numpy())
         count, _, height, width = pixels.shape
         logits = np.empty((count, len(self.classifier)), np.float32)
         groups, rest = divmod(count, self.lanes)

@@ -1,0 +1,434 @@
+"""Turn pruned checkpoints into what one would ship, check it, and measure it: smaller files, faster networks.
+
+python deploy.py checkpoint                              every checkpoint of a directory
+python deploy.py checkpoint/90percent_iter_ckpt.pth      one
+python deploy.py checkpoint --values bf16 --onnx         also smaller values, and ONNX files
+
+Each pruned checkpoint is packed: a file without its zeros, which test.py and deploy.py read like any checkpoint. The
+networks are then computed by PyTorch, with dead channels removed, and by the sparse engine, each in turn in every
+round, beside what else one could do with the dense network on this processor. deploy.csv and deploy.png keep the
+result. Nothing is measured on a GPU: for it, zeros do not pay.
+"""
+
+import signal
+
+if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends it: imports take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import contextlib
+import copy
+import csv
+import gzip
+import io
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import compact
+import data
+import engine
+import packed
+import pruning
+import sparse
+import store
+import utils
+
+BATCH = 64
+CALLS = {1: 10, BATCH: 1}  # of a form in a round, by batch size
+
+
+def parse_args() -> argparse.Namespace:
+    parser = utils.Parser(description="Pack pruned checkpoints, check and measure them on the CPU.")
+    parser.add_argument(
+        "checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="files, or directories of main.py"
+    )
+    parser.add_argument(
+        "--values",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="type of the values in a second packed file; fp32 is lossless, the others are not",
+    )
+    parser.add_argument("--onnx", action="store_true", help="also write an ONNX file, BatchNorm folded in")
+    parser.add_argument(
+        "--rounds", type=utils.positive_int, default=11, metavar="N", help="times that every form is measured"
+    )
+    parser.add_argument("--threads", type=utils.positive_int, metavar="N", help="threads beside one (default: all)")
+    utils.add_data_arguments(parser, None, None)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    checkpoints = {path: store.load_checkpoint(path) for path in find(args.checkpoints)}
+    images = data.of_checkpoints(args, checkpoints)
+    for path, checkpoint in checkpoints.items():
+        data.check(path, checkpoint, images)
+    batches, size = data.TestBatches(images, torch.device("cpu")), images.test.images.shape[1]
+    threads = args.threads or torch.get_num_threads()
+    teams = sorted({1, threads})
+    torch.set_num_threads(threads)
+    print(environment(threads, args.rounds))
+    files, forms = [], []
+    for path, checkpoint in tqdm(checkpoints.items(), "preparing", leave=False, disable=None):
+        network = store.network_of(checkpoint).eval()
+        files += make_files(path, checkpoint, network, size, args, batches)
+        forms += make_forms(path, network, size, threads, baselines=not forms)
+    print("\n" + files_table(files))
+    time_forms(forms, size, teams, args.rounds)
+    measure_accuracy(forms, batches, threads)
+    print("\n" + forms_table(forms, teams))
+    report(files, forms, teams, next(iter(checkpoints)).parent)
+
+
+def find(asked: list[Path]) -> list[Path]:
+    """The checkpoints to work on, the dense one of a directory first, then by name; without packed files."""
+    paths = []
+    for path in asked:
+        if path.is_dir():
+            found = sorted(path.glob("*ckpt.pth"), key=lambda file: (file.name != "ckpt.pth", file.name))
+            if not found:
+                raise utils.Failure(f"{path} holds no checkpoint")
+            paths += found
+        else:
+            paths.append(path)
+    return list(dict.fromkeys(paths))
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class File:
+    """One file that holds a network. Accuracy in percent, where the file does not hold the exact weights."""
+
+    checkpoint: str
+    form: str
+    bytes: int
+    times_smaller: float  # than the plain file of the same network
+    entropy: float | None = None  # bytes that no coder of independent symbols can go below
+    accuracy: float | None = None
+
+
+def make_files(
+    path: Path, checkpoint: dict, network: nn.Module, size: int, args: argparse.Namespace, batches: data.TestBatches
+) -> list[File]:
+    """Write the packed file, or files, and the ONNX file of a checkpoint; compare with general compressors."""
+    content = path.read_bytes()
+    plain = len(plain_bytes(checkpoint))
+
+    def row(form: str, count: int, **more) -> File:
+        return File(path.name, form, count, plain / count, **more)
+
+    files = [row("as saved", len(content)), row("gzip -9", len(gzip.compress(content, 9)))]
+    try:
+        import zstandard
+
+        files.append(row("zstd -19", len(zstandard.compress(content, 19))))
+    except ImportError:
+        pass  # nothing here needs it
+    for values in dict.fromkeys(("fp32", args.values)):
+        target = packed.name(path, values)
+        store.write(target, packed.pack(checkpoint, values))
+        again = store.load_checkpoint(target)
+        if values == "fp32" and store.digest(again["net"]) != store.digest(checkpoint["net"]):
+            raise utils.Failure(f"{target} does not hold the weights of {path}", code=1)
+        accuracy = None if values == "fp32" else engine.evaluate(store.network_of(again), batches).accuracy
+        entropy = sum(packed.entropy(checkpoint["net"], values).values())
+        label = f"packed, {values}" + ("" if values == "fp32" else " (lossy)")
+        files.append(row(label, target.stat().st_size, entropy=entropy, accuracy=accuracy))
+    if args.onnx:
+        target = path.with_suffix(".onnx")
+        store.write(target, export_onnx(network, size))
+        files.append(row("ONNX", target.stat().st_size))
+    return files
+
+
+def plain_bytes(checkpoint: dict) -> bytes:
+    """The file of the weights alone, as PyTorch writes it."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint["net"], buffer)
+    return buffer.getvalue()
+
+
+def export_onnx(network: nn.Module, size: int) -> bytes:
+    """An ONNX model (images: N x 3 x size x size float -> logits), BatchNorm and dead channels gone, checked against
+    onnxruntime where that is installed; Failure when its logits differ."""
+    small = compact.fold(compact.remove_dead_channels(network))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            small,
+            (images,),
+            buffer,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_axes={"images": {0: "N"}, "logits": {0: "N"}},
+            dynamo=False,  # the other exporter asks for one more package
+        )
+    content = buffer.getvalue()
+    run = onnx_session(content, torch.get_num_threads())
+    expected = in_pytorch(network)(images)
+    if run and (run(images) - expected).abs().max() > 1e-3 * expected.abs().max():
+        raise utils.Failure("the ONNX model computes other logits than PyTorch", code=1)
+    return content
+
+
+def onnx_session(content: bytes, threads: int) -> Callable[[Tensor], Tensor] | None:
+    """A function that computes logits with onnxruntime; None where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+# --- Speed ---------------------------------------------------------------------------------------------------------
+
+Function = Callable[[Tensor], Tensor]  # (N, 3, H, W) float32 images -> (N, classes) float32 logits
+
+
+@dataclass
+class Form:
+    """One way to compute one network."""
+
+    checkpoint: str
+    form: str
+    sparsity: float  # percent of the prunable weights of the checkpoint
+    nonzeros: int
+    multiply_adds: int  # with nonzero weights, for one image
+    make: Callable[[int], Function]  # for a number of threads
+    reference: Function
+    measured: bool  # whether accuracy is measured; other forms differ from a measured one by rounding only
+    seconds: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # of a call, by batch size and threads
+    error: float = 0.0  # largest difference of a logit from the checkpoint in PyTorch fp32, over the largest logit
+    accuracy: float | None = None  # percent
+
+    def median(self, batch: int, threads: int) -> float | None:
+        times = self.seconds.get((batch, threads))
+        return statistics.median(times) if times else None
+
+
+def make_forms(path: Path, network: nn.Module, size: int, threads: int, baselines: bool) -> list[Form]:
+    """The ways to compute a network; with `baselines` also those whose speed does not depend on zeros."""
+    small, folded = compact.remove_dead_channels(network), compact.fold(network)
+    channels_last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+    sparsity, forms = 100 * pruning.sparsity(network), []
+
+    def add(form: str, network: nn.Module, make: Callable[[int], Function], measured: bool = False) -> None:
+        nonzeros = sum(int(value.count_nonzero()) for value in network.parameters())
+        adds = sum(nonzero for _, nonzero in pruning.multiply_adds(network, size).values())
+        forms.append(Form(path.name, form, sparsity, nonzeros, adds, make, reference, measured))
+
+    reference = in_pytorch(network)
+    add("PyTorch fp32", network, lambda _: reference, measured=True)
+    if baselines:
+        add("PyTorch fp32, folded, channels_last", network, lambda _: in_pytorch(channels_last))
+        compiled = compile_or_say_why(channels_last, size)
+        if compiled:
+            add("PyTorch fp32, compiled", network, lambda n: compiled if n == threads else None)
+        if utils.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16:
+            add("PyTorch bf16", network, lambda _: in_pytorch(channels_last, torch.bfloat16), measured=True)
+        content = export_onnx(network, size)
+        if onnx_session(content, 1):
+            add("onnxruntime fp32", network, lambda n: onnx_session(content, n))
+    if sum(value.numel() for value in small.parameters()) < sum(value.numel() for value in network.parameters()):
+        add("dead channels removed, PyTorch fp32", small, lambda _: in_pytorch(small))
+    add("sparse engine", small, lambda n: sparse.Engine(small, size, n), measured=True)
+    return forms
+
+
+def in_pytorch(network: nn.Module, dtype: torch.dtype = torch.float32) -> Function:
+    @torch.inference_mode()
+    def run(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return network(images).float()
+
+    return run
+
+
+def compile_or_say_why(network: nn.Module, size: int) -> Function | None:
+    """The network compiled by PyTorch, which needs a C++ compiler; without one, None and a line that says so."""
+    try:
+        run = in_pytorch(torch.compile(network, dynamic=False))
+        for batch in CALLS:
+            run(torch.zeros(batch, 3, size, size))
+        return run
+    except Exception as error:  # many kinds, of which a compiler that is not there is the most usual
+        reason = str(error).strip().splitlines()[0][:100]
+        print(f"deploy.py: torch.compile is not measured, it does not work here: {reason}", file=sys.stderr)
+        return None
+
+
+def time_forms(forms: list[Form], size: int, teams: list[int], rounds: int) -> None:
+    """Call every form in turn, in every round in the other direction, so that whatever else the machine does hits
+    all alike; fill in `seconds` and `error`."""
+    generator = torch.Generator().manual_seed(0)
+    batches = {batch: torch.randn(batch, 3, size, size, generator=generator) for batch in CALLS}
+    work, every = [], torch.get_num_threads()
+    for form in forms:
+        expected = {batch: form.reference(images) for batch, images in batches.items()}
+        for threads in teams:
+            torch.set_num_threads(threads)
+            function = form.make(threads)
+            for batch, images in batches.items():
+                if function:
+                    error = (function(images) - expected[batch]).abs().max() / expected[batch].abs().max()
+                    form.error = max(form.error, float(error))
+                    work.append((form, threads, batch, function))
+    for turn in tqdm(range(rounds), "measuring speed", unit="round", leave=False, disable=None):
+        for form, threads, batch, function in work[:: -1 if turn % 2 else 1]:
+            torch.set_num_threads(threads)
+            function(batches[batch])  # the form before left its own data in the caches
+            for _ in range(CALLS[batch]):
+                begin = time.perf_counter()
+                function(batches[batch])
+                form.seconds.setdefault((batch, threads), []).append(time.perf_counter() - begin)
+    torch.set_num_threads(every)
+
+
+def measure_accuracy(forms: list[Form], batches: data.TestBatches, threads: int) -> None:
+    """The accuracy of each form that is worth the time, over the whole test set."""
+    for form in tqdm([f for f in forms if f.measured], "measuring accuracy", unit="form", leave=False, disable=None):
+        form.accuracy = engine.evaluate(Callee(form.make(threads)), batches).accuracy
+
+
+class Callee(nn.Module):
+    """A function as a network, for `engine.evaluate`."""
+
+    def __init__(self, function: Function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+# --- What is printed and kept --------------------------------------------------------------------------------------
+
+
+def environment(threads: int, rounds: int) -> str:
+    """One line: on what the figures were measured."""
+    vectors = f"vectors of {sparse.lanes_of_this_cpu()} floats"
+    return f"{processor()}, {vectors}, {threads} threads, PyTorch {torch.__version__}, {rounds} rounds"
+
+
+def processor() -> str:
+    """The processor as its maker calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def files_table(files: list[File]) -> str:
+    rows = [
+        [
+            file.checkpoint,
+            file.form,
+            f"{file.bytes:,}",
+            f"{file.times_smaller:.1f}",
+            "" if file.entropy is None else f"{100 * (file.bytes / file.entropy - 1):+.1f} %",
+            "" if file.accuracy is None else f"{file.accuracy:.2f} %",
+        ]
+        for file in files
+    ]
+    headers = ["checkpoint", "file", "bytes", "times smaller", "over entropy", "accuracy"]
+    return tabulate(rows, headers, colalign=("left", "left", *["right"] * 4), disable_numparse=True)
+
+
+def forms_table(forms: list[Form], teams: list[int]) -> str:
+    rows = []
+    for form in forms:
+        row = [form.checkpoint, form.form, f"{form.nonzeros / 1e6:.3f} M", f"{form.multiply_adds / 1e6:.1f} M"]
+        for batch in CALLS:
+            row += [spread(form.seconds.get((batch, threads)), batch) for threads in teams]
+        row += [f"{form.error:.0e}", "" if form.accuracy is None else f"{form.accuracy:.2f} %"]
+        rows.append(row)
+    counts = [f"{threads} thread{'s' if threads > 1 else ''}" for threads in teams]
+    headers = ["checkpoint", "form", "nonzeros", "multiply-\nadds"]
+    headers += [f"ms, batch 1\n{count}" for count in counts] + [f"images/s, batch {BATCH}\n{count}" for count in counts]
+    headers += ["largest\ndifference", "accuracy"]
+    return tabulate(rows, headers, colalign=("left", "left", *["right"] * (len(headers) - 2)), disable_numparse=True)
+
+
+def spread(seconds: list[float] | None, batch: int) -> str:
+    """Median, and in brackets the first and last decile."""
+    if not seconds:
+        return ""
+    values = sorted((1e3 * time if batch == 1 else batch / time) for time in seconds)
+    tenth = len(values) // 10
+    digits = 2 if batch == 1 else 0
+    low, high = values[tenth], values[-1 - tenth]
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def report(files: list[File], forms: list[Form], teams: list[int], directory: Path) -> None:
+    """deploy.csv, both tables in full, and deploy.png."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["checkpoint", "file", "bytes", "times_smaller", "entropy_bytes", "accuracy"])
+    writer.writerows([f.checkpoint, f.form, f.bytes, f.times_smaller, f.entropy, f.accuracy] for f in files)
+    writer.writerow([])
+    header = ["checkpoint", "form", "sparsity", "nonzeros", "multiply_adds", "largest_difference", "accuracy"]
+    columns = [(batch, threads) for batch in CALLS for threads in teams]
+    for batch, threads in columns:
+        header += [f"{name}_batch{batch}_threads{threads}" for name in ("seconds", "first_decile", "last_decile")]
+    writer.writerow(header)
+    for form in forms:
+        row = [form.checkpoint, form.form, form.sparsity, form.nonzeros, form.multiply_adds, form.error, form.accuracy]
+        for column in columns:
+            times = sorted(form.seconds.get(column, []))
+            tenth = len(times) // 10
+            row += [statistics.median(times), times[tenth], times[-1 - tenth]] if times else ["", "", ""]
+        writer.writerow(row)
+    store.write(directory / "deploy.csv", text.getvalue().encode())
+    store.write(directory / "deploy.png", picture(files, forms, max(teams)))
+    print(f"\n{directory / 'deploy.csv'} and {directory / 'deploy.png'} have all figures")
+
+
+def picture(files: list[File], forms: list[Form], threads: int) -> bytes:
+    """Latency, throughput and size against sparsity, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    titles = ("ms an image, batch 1", f"images/s, batch {BATCH}", "megabytes of the file")
+    pruned = {form.checkpoint: form.sparsity for form in forms}
+    for axis, title, batch in zip(axes, titles, (1, BATCH, None)):
+        for name in dict.fromkeys(row.form for row in (forms if batch else files)):
+            if batch:
+                points = [(f.sparsity, f.median(batch, threads)) for f in forms if f.form == name]
+                points = [(x, 1e3 * y if batch == 1 else batch / y) for x, y in points if y]
+            else:
+                points = [(pruned[f.checkpoint], f.bytes / 1e6) for f in files if f.form == name]
+            if len(points) == 1 and len(pruned) > 1:  # what is measured once does not depend on zeros
+                axis.axhline(points[0][1], linestyle=":", color="grey", linewidth=1)
+                axis.annotate(name, (0.99, points[0][1]), xycoords=("axes fraction", "data"), ha="right", fontsize=7)
+            elif points:
+                axis.plot(*zip(*sorted(points)), marker="o", label=name)
+        axis.set(xlabel="sparsity in %", title=title, ylim=(0, None))
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{processor()}, {threads} threads")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    utils.run(main)
