@@ -167,18 +167,14 @@ def test_the_type_is_what_the_processor_has_unless_it_is_given(precision, hardwa
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is kept on Linux")
-def test_memory_is_not_mapped_anew_in_each_step():
-    import resource
-
+def test_large_tensors_lie_in_the_heap_and_are_not_mapped_one_by_one():
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("not glibc")
     utils.set_up(CPU)
-
-    torch.empty(2**24).fill_(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
-        torch.empty(2**23).fill_(1)  # 32 MiB: 8,192 pages, which are there
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
+    large = torch.empty(2**24).data_ptr()
+    heap = next(line.split()[0] for line in open("/proc/self/maps") if line.endswith("[heap]\n"))
+    start, end = (int(address, 16) for address in heap.split("-"))
+    assert start <= large < end
 
 
 def test_a_gpu_without_a_number_can_be_set_up(monkeypatch):
