@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_large_tensors_lie_in_the_heap_and_are_not_mapped_one_by_one():
         pytest.skip("not glibc")
     utils.set_up(CPU)
     large = torch.empty(2**24).data_ptr()
-    heap = next(line.split()[0] for line in open("/proc/self/maps") if line.endswith("[heap]\n"))
+    heap = next(line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
     start, end = (int(address, 16) for address in heap.split("-"))
     assert start <= large < end
 
