@@ -21,6 +21,7 @@ import copy
 import csv
 import gzip
 import io
+import os
 import platform
 import statistics
 import sys
@@ -70,12 +71,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    threads = args.threads or torch.get_num_threads()
+    if threads > (os.cpu_count() or 1):
+        raise utils.Failure(f"argument --threads: {threads} is more than the {os.cpu_count()} processors here")
     checkpoints = {path: store.load_checkpoint(path) for path in find(args.checkpoints)}
     images = data.of_checkpoints(args, checkpoints)
     for path, checkpoint in checkpoints.items():
         data.check(path, checkpoint, images)
     batches, size = data.TestBatches(images, torch.device("cpu")), images.test.images.shape[1]
-    threads = args.threads or torch.get_num_threads()
     teams = sorted({1, threads})
     torch.set_num_threads(threads)
     print(environment(threads, args.rounds))
@@ -137,7 +140,7 @@ def make_files(
         files.append(row("zstd -19", len(zstandard.compress(content, 19))))
     except ImportError:
         pass  # nothing here needs it
-    for values in dict.fromkeys(("fp32", args.values)):
+    for values in dict.fromkeys(("fp32", args.values)) if path.suffix != ".packed" else ():
         target = packed.name(path, values)
         store.write(target, packed.pack(checkpoint, values))
         again = store.load_checkpoint(target)

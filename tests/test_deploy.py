@@ -1,0 +1,125 @@
+"""deploy.py: what it writes computes the same, what it prints is what it found."""
+
+import csv
+import os
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from conftest import SMALL, SMALL_PRUNING, command, succeed
+
+import packed
+import store
+
+ONE_THREAD = ("--rounds", "1", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def deployed(images, tmp_path_factory) -> tuple[Path, str]:
+    """A dense and a pruned network, deployed; and what was printed."""
+    directory = tmp_path_factory.mktemp("deploy")
+    succeed(
+        "main.py", "--dataset", images, "--checkpoint-dir", directory, "-pr", "0.9", "-shot", "single",
+        *SMALL, *SMALL_PRUNING,
+    )  # fmt: skip
+    return directory, succeed(
+        "deploy.py", directory, "--dataset", images, "--values", "bf16", "--onnx", "--rounds", "2"
+    )
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of both tables in deploy.csv."""
+    files, forms = path.read_text().split("\n\n")
+    return [row for part in (files, forms) for row in csv.DictReader(part.splitlines())]
+
+
+def test_files_hold_the_same_network(deployed):
+    directory, _ = deployed
+    for name in "ckpt.pth", "90percent_single_ckpt.pth":
+        path = directory / name
+        net = store.load_checkpoint(path)["net"]
+        assert store.digest(store.load_checkpoint(packed.name(path))["net"]) == store.digest(net)
+        rounded = store.load_checkpoint(packed.name(path, "bf16"))["net"]
+        assert all(torch.equal(value == 0, net[key] == 0) for key, value in rounded.items())
+        session = onnxruntime.InferenceSession(path.with_suffix(".onnx"), providers=["CPUExecutionProvider"])
+        network = store.network_of(store.load_checkpoint(path)).eval()
+        for count in (1, 5):
+            pixels = torch.randn(count, 3, 16, 16)
+            logits = torch.from_numpy(session.run(None, {"images": pixels.numpy()})[0])
+            torch.testing.assert_close(logits, network(pixels).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_tables(deployed):
+    directory, printed = deployed
+    rows = table(directory / "deploy.csv")
+    sizes = {(row["checkpoint"], row["file"]): int(row["bytes"]) for row in rows if "file" in row}
+    pruned = "90percent_single_ckpt.pth"
+    assert sizes[pruned, "packed, fp32"] == packed.name(directory / pruned).stat().st_size
+    assert sizes[pruned, "packed, bf16 (lossy)"] < sizes[pruned, "packed, fp32"] < sizes[pruned, "gzip -9"]
+    forms = {(row["checkpoint"], row["form"]): row for row in rows if "form" in row}
+    assert {form for name, form in forms if name == pruned} >= {"PyTorch fp32", "sparse engine"}
+    assert {form for name, form in forms if name == "ckpt.pth"} >= {"PyTorch fp32", "onnxruntime fp32"}
+    net = store.load_checkpoint(directory / pruned)["net"]
+    found = forms[pruned, "PyTorch fp32"]
+    parameters = {key: value for key, value in net.items() if key.endswith(("weight", "bias"))}
+    assert int(found["nonzeros"]) == sum(int(value.count_nonzero()) for value in parameters.values())
+    assert (
+        float(found["largest_difference"]) == 0 and float(forms[pruned, "sparse engine"]["largest_difference"]) < 1e-5
+    )
+    assert found["accuracy"] == forms[pruned, "sparse engine"]["accuracy"]
+    assert float(found["accuracy"]) == pytest.approx(store.load_checkpoint(directory / pruned)["acc"])
+    for row in forms.values():
+        for batch in (1, 64):
+            assert row["form"] == "PyTorch fp32, compiled" or float(row[f"seconds_batch{batch}_threads1"]) > 0
+    assert "lossy" in printed and "multiply-" in printed
+    assert (directory / "deploy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_packed_files_are_reported_like_checkpoints(deployed, images):
+    directory, _ = deployed
+    printed = succeed("test.py", "--checkpoint-dir", directory, "--dataset", images)
+    assert "90percent_single_ckpt.packed" in printed and "90percent_single_ckpt.bf16.packed" in printed
+
+
+def test_a_packed_file_can_be_deployed(deployed, images, tmp_path):
+    directory, _ = deployed
+    path = tmp_path / "small_ckpt.bf16.packed"
+    path.write_bytes((directory / "90percent_single_ckpt.bf16.packed").read_bytes())
+    before = path.read_bytes()
+    printed = succeed("deploy.py", path, "--dataset", images, *ONE_THREAD)
+    assert "sparse engine" in printed and path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["deploy.csv", "deploy.png", path.name]
+
+
+def test_without_a_compiler(deployed, images, monkeypatch, tmp_path):
+    directory, _ = deployed
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.fspath(tmp_path / "cache"))
+    done = command("deploy.py", directory / "ckpt.pth", "--dataset", images, *ONE_THREAD)
+    assert done.returncode == 0 and "torch.compile is not measured" in done.stderr
+    assert "sparse engine" in done.stdout and "compiled" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["nowhere.pth"], "nowhere.pth does not exist"),
+        (["."], "holds no checkpoint"),
+        (["broken_ckpt.pth"], "broken_ckpt.pth"),
+        ([], "CHECKPOINT"),
+        (["x", "--values", "int8"], "--values"),
+        (["x", "--rounds", "0"], "--rounds"),
+        (["x", "--threads", "0"], "--threads"),
+        (["x", "--threads", "100000"], "--threads"),
+    ],
+)
+def test_bad_input(arguments, complaint, tmp_path):
+    if "broken_ckpt.pth" in arguments:
+        (tmp_path / "broken_ckpt.pth").write_bytes(b"PK\x03\x04 and so on")
+    before = sorted(tmp_path.iterdir())
+    done = command("deploy.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert complaint in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
