@@ -11,6 +11,7 @@ from conftest import SMALL, SMALL_PRUNING, command, succeed
 import data
 import engine
 import models
+import packed
 import pruning
 import store
 import utils
@@ -167,16 +168,32 @@ def test_pruning_starts_from_a_pytorch_cifar_checkpoint(experiment, images, tmp_
 
 def test_the_report_counts_and_measures(experiment, images, tmp_path):
     folder = copy(experiment[0], tmp_path / "checkpoint")
+    pruned = folder / "87.5percent_iter_ckpt.pth"
+    for values in "fp32", "bf16":
+        store.write(packed.name(pruned, values), packed.pack(store.load_checkpoint(pruned), values))
     printed = succeed("test.py", "--checkpoint-dir", folder, "--dataset", images, "--layers")
     assert re.search(r"layer3\.2\.conv2\.weight +0\.00 ", printed)
+    assert max(map(len, printed.splitlines())) <= 120
     with open(folder / "results.csv") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["ckpt.pth", *(f"{p}percent_{m}_ckpt.pth" for m in ("single", "iter") for p in ("50", "87.5"))]
+    packed_files = ["87.5percent_iter_ckpt.bf16.packed", "87.5percent_iter_ckpt.packed"]
+    pruned_files = [f"{p}percent_{m}_ckpt.pth" for m in ("single", "iter") for p in ("50", "87.5")]
+    assert list(rows) == ["ckpt.pth", *pruned_files, *packed_files]
+    assert [rows[name]["values"] for name in (pruned.name, *packed_files)] == ["fp32", "bf16", "fp32"]
+    sizes = {"file": packed_files[1], "file_bytes": str((folder / packed_files[1]).stat().st_size)}
+    assert rows[packed_files[1]] == rows[pruned.name] | sizes
+    assert int(sizes["file_bytes"]) < 0.2 * int(rows[pruned.name]["file_bytes"])
     row = rows["87.5percent_iter_ckpt.pth"]
     assert int(row["zeros"]) == round(0.875 * WEIGHTS)
     assert float(row["sparsity"]) == pytest.approx(100 * int(row["zeros"]) / WEIGHTS)
     parameters = sum(parameter.numel() for parameter in models.build("resnet20", 2).parameters())
     assert float(row["sparsity_all_parameters"]) == pytest.approx(100 * int(row["zeros"]) / parameters)
+    assert float(row["compression"]) == pytest.approx(parameters / (parameters - int(row["zeros"])))
+    counts = pruning.multiply_adds(store.network_of(store.load_checkpoint(pruned)), 16).values()
+    dense, nonzero = (sum(column) for column in zip(*counts))
+    assert float(row["multiply_adds_dense"]) == dense / 1e6
+    assert float(row["multiply_adds"]) == nonzero / 1e6
+    assert float(row["theoretical_speed_up"]) == dense / nonzero
     stored = torch.load(folder / row["file"], weights_only=True)
     assert float(row["accuracy"]) == stored["acc"]
     assert float(row["accuracy_before"]) == torch.load(folder / "ckpt.pth", weights_only=True)["acc"]
@@ -190,6 +207,30 @@ def test_the_report_reads_files_of_the_classic_script(experiment, images, tmp_pa
         torch.save({key: checkpoint[key] for key in ("net", "acc", "epoch")}, tmp_path / theirs)
     printed = succeed("test.py", "--checkpoint-dir", tmp_path, "--dataset", images, "--image-size", "16")
     assert re.search(r"50\.0percent_iter_ckpt\.pth +50\.00 +50\.0000", printed)
+
+
+def test_another_allocation_has_a_file_of_its_own_and_does_not_go_on_with_the_states_of_one(
+    experiment, images, tmp_path
+):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    shutil.copy(experiment[0] / "ckpt.pth", folder)
+    line = (*SMALL, *SMALL_PRUNING, "-pr", "0.875", "--dataset", images, "--checkpoint-dir", folder)
+    printed = succeed("main.py", *line, "-shot", "iter", "--allocation", "uniform")
+    found = re.search(r"87\.5percent_iter_uniform_ckpt\.pth: .*, ([\d.]+) of 10\.2 million multiply-adds", printed)
+    assert float(found[1]) < 0.2 * 10.2
+    checkpoint = store.load_checkpoint(folder / "87.5percent_iter_uniform_ckpt.pth")
+    zeros = pruning.count(store.network_of(checkpoint))
+    assert checkpoint["settings"]["allocation"] == "uniform"
+    assert sum(zero for zero, _ in zeros.values()) == round(0.875 * WEIGHTS)
+    assert zeros["conv1.weight"][0] == zeros["linear.weight"][0] == 0
+    # An old state, which does not say its allocation, is one of global.
+    settings = {name: value for name, value in checkpoint["settings"].items() if name != "allocation"}
+    (folder / "resume").mkdir()
+    store.save(folder / "resume" / "iter_step1.pt", {"settings": settings, "state": {}})
+    done = command("main.py", *line, "-shot", "iter", "--allocation", "erk", "-r")
+    assert done.returncode == 2
+    assert "iter_step1.pt was made with other settings: allocation global there, erk asked" in done.stderr
 
 
 LIES = [
