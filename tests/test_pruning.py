@@ -248,3 +248,16 @@ def test_nonzero_multiply_adds_are_nonzeros_times_pixels():
     for name, side in (sides | {"linear.weight": 1}).items():
         weight = pruning.prunable(net)[name]
         assert found[name] == (weight.numel() * side**2, int((weight != 0).sum()) * side**2)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+def test_no_layer_has_to_give_a_zero_back_when_shares_are_rounded(allocation):
+    """Largest remainders alone do that now and then (the Alabama paradox)."""
+    with torch.device("meta"):
+        weights = pruning.prunable(models.build("resnet20", 10))
+    before = [0] * len(weights)
+    for zeros in range(200_000, 200_400):
+        budgets = pruning._layer_zeros(weights, zeros, before, allocation)
+        assert sum(budgets) == zeros
+        assert all(new >= old for new, old in zip(budgets, before))
+        before = budgets
