@@ -178,6 +178,7 @@ def export_onnx(network: nn.Module, size: int) -> bytes:
             input_names=["images"],
             output_names=["logits"],
             dynamic_axes={"images": {0: "N"}, "logits": {0: "N"}},
+            opset_version=17,  # old enough for runtimes on devices
             dynamo=False,  # the other exporter asks for one more package
         )
     content = buffer.getvalue()
