@@ -92,7 +92,7 @@ class Engine:
 
     def data(self, ready: Ready, arena: np.ndarray) -> tuple:
         plan = ready.plan
-        return plan.operations, arena, plan.values, plan.offsets, plan.starts, plan.biases, self.classifier
+        return plan.operations, arena, plan.nonzeros, plan.starts, plan.biases, self.classifier
 
     def together(self, work: Callable[[int], None]) -> None:
         """Call `work` with the number of each thread, in that thread."""

@@ -23,7 +23,7 @@ def lanes_of_this_cpu() -> int:
 def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1) -> Callable:
     """A function for compiled code: one output channel of one tile of `rows` x `columns` vectors.
 
-    run(out, out_pitch, values, offsets, start, stop, source, source_pitch, bias, residual, first, floor) adds
+    run(out, out_pitch, nonzeros, start, stop, source, source_pitch, bias, residual, first, floor) adds
     values[i] times the vectors at source + offsets[i] to the tile, for i from `start` to `stop`. Addresses,
     offsets and the pitches between the tile's rows are in bytes. Vectors in a row are `step` vectors apart in the
     source. With `first` the tile starts as bias plus residual (an address, or 0), otherwise as what is at `out`.
@@ -37,12 +37,12 @@ def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1)
     places = [(row, column) for row in range(rows) for column in range(columns)]
 
     @intrinsic
-    def run(typing, out, out_pitch, values, offsets, start, stop, source, source_pitch, bias, residual, first, floor):
+    def run(typing, out, out_pitch, nonzeros, start, stop, source, source_pitch, bias, residual, first, floor):
         integer, real = types.int64, types.float32
-        signature = types.void(*[integer] * 8, real, integer, integer, real)
+        signature = types.void(*[integer] * 7, real, integer, integer, real)
 
         def codegen(context, builder, signature, args):
-            out, out_pitch, values, offsets, start, stop, source, source_pitch, bias, residual, first, floor = args
+            out, out_pitch, nonzeros, start, stop, source, source_pitch, bias, residual, first, floor = args
             undefined, width = ir.Constant(vector, ir.Undefined), ir.VectorType(i32, lanes)
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f32"
@@ -68,31 +68,43 @@ def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1)
                 value.align = 4
                 return value
 
-            def multiply_add(index, tile):
-                at = builder.shl(index, constant(2))
-                value = splat(builder.load(pointer(builder.add(values, at), f32)))
-                offset = builder.load(pointer(builder.add(offsets, at), i32))
-                addresses = vectors(builder.add(source, builder.zext(offset, i64)), source_pitch, step)
+            def nonzero(index):
+                """Value and offset in one word. Atomic, lest LLVM loads it again where it is used."""
+                address = builder.add(nonzeros, builder.shl(index, constant(3)))
+                return builder.load_atomic(pointer(address, i64), "monotonic", 8)
+
+            def multiply_add(word, tile):
+                offset = builder.and_(word, constant(2**32 - 1))
+                value = splat(builder.bitcast(builder.trunc(builder.lshr(word, constant(32)), i32), f32))
+                addresses = vectors(builder.add(source, offset), source_pitch, step)
                 return [builder.call(fma, [value, load(address), old]) for address, old in zip(addresses, tile)]
 
             def loop(name, start, count, tiles):
-                """for index in range(start, stop - count + 1, count): tiles[k] += nonzero index + k"""
+                """for index in range(start, stop - count + 1, count): tiles[k] += nonzero index + k
+
+                The words of the nonzeros that come next are loaded before the vectors of those at hand: a processor
+                that takes loads in their order would else wait for each word before it knows what to load next.
+                """
                 before = builder.block
+                ahead = max(2, count) if count <= 4 else 0
+                early = [nonzero(builder.add(start, constant(k))) for k in range(ahead)]
                 test, body, after = (builder.append_basic_block(f"{name}.{part}") for part in ("test", "body", "end"))
                 builder.branch(test)
                 builder.position_at_end(test)
                 index = builder.phi(i64)
+                known = [builder.phi(i64) for _ in range(ahead)]
                 old = [[builder.phi(vector) for _ in places] for _ in tiles]
                 following = builder.add(index, constant(count))
                 builder.cbranch(builder.icmp_signed("<=", following, stop), body, after)
                 builder.position_at_end(body)
-                new = [
-                    multiply_add(builder.add(index, constant(k)), tile) if k < count else tile
-                    for k, tile in enumerate(old)
-                ]
+                words = known + [nonzero(builder.add(index, constant(ahead + k))) for k in range(count)]
+                new = [multiply_add(words[k], tile) if k < count else tile for k, tile in enumerate(old)]
                 builder.branch(test)
                 index.add_incoming(start, before)
                 index.add_incoming(following, body)
+                for phi, first_word, next_word in zip(known, early, words[count:]):
+                    phi.add_incoming(first_word, before)
+                    phi.add_incoming(next_word, body)
                 for phis, initial, final in zip(old, tiles, new):
                     for phi, first_value, next_value in zip(phis, initial, final):
                         phi.add_incoming(first_value, before)

@@ -70,9 +70,9 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
 
     @njit(nogil=True)
     def run_image(
-        operations, arena, values, offsets, starts, biases, classifier, shares, logits, image, thread, team, counter
+        operations, arena, nonzeros, starts, biases, classifier, shares, logits, image, thread, team, counter
     ):
-        memory, nonzeros, places = arena.ctypes.data, values.ctypes.data, offsets.ctypes.data
+        memory, weights = arena.ctypes.data, nonzeros.ctypes.data
         phase = 0
         for row in range(len(operations)):
             op = operations[row]
@@ -105,15 +105,15 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
                             add = memory + 4 * (residual + o * pitch + vector * lanes) if residual >= 0 else 0
                             b = biases[bias + o]
                             if shape == 0:
-                                wide(out, 0, nonzeros, places, a, z, start, 0, b, add, first, floor)
+                                wide(out, 0, weights, a, z, start, 0, b, add, first, floor)
                             elif shape == 1:
-                                half(out, 0, nonzeros, places, a, z, start, 0, b, add, first, floor)
+                                half(out, 0, weights, a, z, start, 0, b, add, first, floor)
                             elif shape == 2:
-                                quarter(out, 0, nonzeros, places, a, z, start, 0, b, add, first, floor)
+                                quarter(out, 0, weights, a, z, start, 0, b, add, first, floor)
                             elif shape == 3:
-                                eighth(out, 0, nonzeros, places, a, z, start, 0, b, add, first, floor)
+                                eighth(out, 0, weights, a, z, start, 0, b, add, first, floor)
                             else:
-                                single(out, 0, nonzeros, places, a, z, start, 0, b, add, first, floor)
+                                single(out, 0, weights, a, z, start, 0, b, add, first, floor)
                     vector += max(1, full >> shape)
             elif thread == 0:
                 source, pitch, channels, pixels = op[1:5]
@@ -127,9 +127,9 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
 
     @njit(nogil=True)
     def run_group(
-        operations, arena, values, offsets, starts, biases, classifier, shares, logits, images, thread, team, counter
+        operations, arena, nonzeros, starts, biases, classifier, shares, logits, images, thread, team, counter
     ):
-        memory, nonzeros, places = arena.ctypes.data, values.ctypes.data, offsets.ctypes.data
+        memory, weights = arena.ctypes.data, nonzeros.ctypes.data
         phase = 0
         for row in range(len(operations)):
             op = operations[row]
@@ -172,15 +172,15 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
                                 b = biases[bias + o]
                                 n, m = 4 * line, 4 * stride * source_line
                                 if shape == 0:
-                                    tile1(out, n, nonzeros, places, a, z, start, m, b, add, first, floor)
+                                    tile1(out, n, weights, a, z, start, m, b, add, first, floor)
                                 elif shape == 1:
-                                    tile2(out, n, nonzeros, places, a, z, start, m, b, add, first, floor)
+                                    tile2(out, n, weights, a, z, start, m, b, add, first, floor)
                                 elif shape == 2:
-                                    small1(out, n, nonzeros, places, a, z, start, m, b, add, first, floor)
+                                    small1(out, n, weights, a, z, start, m, b, add, first, floor)
                                 elif shape == 3:
-                                    small2(out, n, nonzeros, places, a, z, start, m, b, add, first, floor)
+                                    small2(out, n, weights, a, z, start, m, b, add, first, floor)
                                 else:
-                                    single(out, n, nonzeros, places, a, z, start, m, b, add, first, floor)
+                                    single(out, n, weights, a, z, start, m, b, add, first, floor)
             elif thread == 0:
                 source, pitch, channels, rows, columns = op[1:6]
                 sums = np.empty(lanes, np.float32)

@@ -11,6 +11,7 @@ from sparse.loops import CLASSIFY, COLUMNS, CONVOLVE, LOAD, SHIFT
 CACHE = 32 * 1024  # bytes of input that a tile may read of a block of channels
 WORTH = 16  # nonzeros that make loading and storing a tile worth it
 
+NONZERO = np.dtype([("offset", "<u4"), ("value", "<f4")])  # bytes from its block's first channel
 Size = tuple[int, int, int]  # channels, height, width
 
 
@@ -19,11 +20,10 @@ class Plan:
     """A network made ready for images of one size: the table of operations, and what its numbers point to."""
 
     operations: np.ndarray  # (operations, COLUMNS) int64
-    values: np.ndarray  # float32, the nonzeros of all layers
-    offsets: np.ndarray  # int32, where each nonzero reads, in bytes from the start of its block of channels
+    nonzeros: np.ndarray  # NONZERO, of all layers
     starts: np.ndarray  # int64, the first nonzero of each layer, block and filter
     biases: np.ndarray  # float32
-    nonzeros: list[np.ndarray]  # a layer: how many each filter has
+    counts: list[np.ndarray]  # a layer: nonzeros of each filter
     floats: int  # memory for activations
 
     def arena(self) -> np.ndarray:
@@ -34,11 +34,11 @@ class Plan:
 
     def shares(self, team: int) -> np.ndarray:
         """(layers, team + 1) int64: where the filters of each thread begin, so that all have as many nonzeros."""
-        shares = np.zeros((len(self.nonzeros), team + 1), np.int64)
-        for share, nonzeros in zip(shares, self.nonzeros):
-            work = np.cumsum(nonzeros + 8)  # a filter without weights still has to be written
+        shares = np.zeros((len(self.counts), team + 1), np.int64)
+        for share, counts in zip(shares, self.counts):
+            work = np.cumsum(counts + 8)  # a filter without weights still has to be written
             share[1:-1] = np.searchsorted(work, work[-1] * np.arange(1, team) / team)
-            share[-1] = len(nonzeros)
+            share[-1] = len(counts)
         return shares
 
 
@@ -64,11 +64,10 @@ def make_plan(layers: list[Convolution], height: int, width: int, lanes: int, gr
     rows = [row + [0] * (COLUMNS - len(row)) for row in planner.operations]
     return Plan(
         np.array(rows, np.int64),
-        np.concatenate(planner.values),
-        np.concatenate(planner.offsets),
+        np.concatenate([*planner.nonzeros, np.zeros(8, NONZERO)]),  # the loops read a few ahead
         np.concatenate(planner.starts),
         np.concatenate([layer.bias for layer in layers]),
-        planner.nonzeros,
+        planner.counts,
         planner.floats + 16 * lanes,  # the last vectors may read beyond what is theirs
     )
 
@@ -84,10 +83,9 @@ class Planner:
     free: dict[Size, list[int]] = field(default_factory=dict)
     floats: int = 16  # the first vectors may read a little before what is theirs
     operations: list[list[int]] = field(default_factory=list)
-    values: list[np.ndarray] = field(default_factory=list)
-    offsets: list[np.ndarray] = field(default_factory=list)
-    starts: list[np.ndarray] = field(default_factory=lambda: [np.zeros(1, np.int64)])
     nonzeros: list[np.ndarray] = field(default_factory=list)
+    starts: list[np.ndarray] = field(default_factory=lambda: [np.zeros(1, np.int64)])
+    counts: list[np.ndarray] = field(default_factory=list)
     filters: int = 0
 
     def reserve(self, floats: int) -> int:
@@ -116,11 +114,12 @@ class Planner:
         o, c, y, x = o[order], c[order], y[order], x[order]
         blocks = -(-channels // block)
         first = sum(map(len, self.starts)) - 1
-        self.values.append(layer.weight[o, c, y, x])
-        self.offsets.append((4 * (c % block * per_channel + taps[y, x])).astype(np.int32))
+        nonzeros = np.empty(len(o), NONZERO)
+        nonzeros["offset"], nonzeros["value"] = 4 * (c % block * per_channel + taps[y, x]), layer.weight[o, c, y, x]
+        self.nonzeros.append(nonzeros)
         counts = np.bincount(c // block * filters + o, minlength=blocks * filters)
         self.starts.append(self.starts[-1][-1] + np.cumsum(counts))
-        self.nonzeros.append(np.bincount(o, minlength=filters))
+        self.counts.append(np.bincount(o, minlength=filters))
         residual = -1 if layer.residual is None else self.places[layer.residual] + inside
         target, pitch = self.places[layer.target] + inside, self.pitch(self.sizes[layer.target])
         bias, self.filters = self.filters, self.filters + filters

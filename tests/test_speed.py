@@ -1,12 +1,13 @@
 """What makes training fast leaves its results as they were."""
 
 import ctypes
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_engine import CPU, dataset, fit, fresh, same
 from torch import nn
 
@@ -171,11 +172,15 @@ def test_the_type_is_what_the_processor_has_unless_it_is_given(precision, hardwa
 def test_large_tensors_lie_in_the_heap_and_are_not_mapped_one_by_one():
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("not glibc")
-    utils.set_up(CPU)
-    tensor = torch.empty(2**24)  # kept, because what is freed at the end of a large heap may go back
-    heap = next(line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
-    start, end = (int(address, 16) for address in heap.split("-"))
-    assert start <= tensor.data_ptr() < end
+    program = """
+import torch, utils
+utils.set_up(torch.device("cpu"))
+tensor = torch.empty(2**24)
+heap = next(line.split()[0] for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
+start, end = (int(address, 16) for address in heap.split("-"))
+assert start <= tensor.data_ptr() < end, (heap, tensor.data_ptr())
+"""  # in a process of its own: a long one has more than one heap
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_a_gpu_without_a_number_can_be_set_up(monkeypatch):
