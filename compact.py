@@ -57,8 +57,9 @@ def _without_dead(
     """Two convolutions with BatchNorm and ReLU between them -> the same with fewer channels between them."""
     constant = F.relu(bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt())
     read = after.weight.flatten(2).ne(0).any(2).any(0)
-    alive = before.weight.flatten(1).ne(0).any(1) & read
-    merged = ~alive & read & (constant > 0) & before.weight.flatten(1).eq(0).all(1)
+    empty = before.weight.flatten(1).eq(0).all(1) & constant.isfinite()  # a channel that is broken stays it
+    alive = ~empty & read
+    merged = empty & read & (constant > 0)
     extra = bool(merged.any()) or not alive.any()  # a convolution has at least one channel
     kept = torch.cat([alive.nonzero().flatten(), torch.zeros(int(extra), dtype=torch.long)])
 

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import csv
 import gzip
+import importlib.util
 import io
 import os
 import platform
@@ -46,6 +47,7 @@ import store
 import utils
 
 BATCH = 64
+REPORTS = ("deploy.csv", "deploy.png")
 CALLS = {1: 10, BATCH: 1}  # of a form in a round, by batch size
 
 
@@ -72,8 +74,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     threads = args.threads or torch.get_num_threads()
-    if threads > (os.cpu_count() or 1):
-        raise utils.Failure(f"argument --threads: {threads} is more than the {os.cpu_count()} processors here")
+    if threads > sparse.usable_processors():
+        raise utils.Failure(
+            f"argument --threads: {threads} is more than the {sparse.usable_processors()} processors here"
+        )
+    if args.onnx and not importlib.util.find_spec("onnx"):
+        raise utils.Failure("argument --onnx: the package onnx is not installed")
     checkpoints = {path: store.load_checkpoint(path) for path in find(args.checkpoints)}
     images = data.of_checkpoints(args, checkpoints)
     for path, checkpoint in checkpoints.items():
@@ -82,30 +88,48 @@ def main() -> None:
     teams = sorted({1, threads})
     torch.set_num_threads(threads)
     print(environment(threads, args.rounds))
+    directory = next(iter(checkpoints)).parent
+    if any((directory / name).is_dir() for name in REPORTS) or not os.access(directory, os.W_OK):
+        raise utils.Failure(f"{directory} cannot take {' and '.join(REPORTS)}")
+    networks = {path: store.network_of(checkpoint).eval() for path, checkpoint in checkpoints.items()}
+    for path, network in networks.items():
+        check_logits(path, network, size)
+    densest = min(networks, key=lambda path: pruning.sparsity(networks[path]))
     files, forms = [], []
-    for path, checkpoint in tqdm(checkpoints.items(), "preparing", leave=False, disable=None):
-        network = store.network_of(checkpoint).eval()
-        files += make_files(path, checkpoint, network, size, args, batches)
-        forms += make_forms(path, network, size, threads, baselines=not forms)
+    for path, network in tqdm(networks.items(), "preparing", leave=False, disable=None):
+        files += make_files(path, checkpoints[path], network, size, args, batches)
+        forms += make_forms(path, network, size, threads, baselines=path == densest)
     print("\n" + files_table(files))
     time_forms(forms, size, teams, args.rounds)
     measure_accuracy(forms, batches, threads)
     print("\n" + forms_table(forms, teams))
-    report(files, forms, teams, next(iter(checkpoints)).parent)
+    report(files, forms, teams, directory)
 
 
 def find(asked: list[Path]) -> list[Path]:
-    """The checkpoints to work on, the dense one of a directory first, then by name; without packed files."""
+    """The checkpoints to work on, the dense one of a directory first; its packed files only if it has no others."""
     paths = []
     for path in asked:
         if path.is_dir():
-            found = sorted(path.glob("*ckpt.pth"), key=lambda file: (file.name != "ckpt.pth", file.name))
+            found = sorted(path.glob("*ckpt.pth")) or sorted(path.glob("*.packed"))
             if not found:
                 raise utils.Failure(f"{path} holds no checkpoint")
-            paths += found
+            paths += sorted(found, key=lambda file: file.name != "ckpt.pth")
         else:
             paths.append(path)
-    return list(dict.fromkeys(paths))
+    paths = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+    targets = [packed.name(path) for path in paths]
+    for path, target in zip(paths, targets):
+        if targets.count(target) > 1:
+            raise utils.Failure(f"{target} would be the packed file of {path} and of another checkpoint")
+    return paths
+
+
+def check_logits(path: Path, network: nn.Module, size: int) -> None:
+    """Failure when a network computes something that is not finite: nothing can be compared with it."""
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if not in_pytorch(network)(images).isfinite().all():
+        raise utils.Failure(f"{path} computes logits that are not finite")
 
 
 # --- Files ---------------------------------------------------------------------------------------------------------
@@ -131,7 +155,7 @@ def make_files(
     plain = len(plain_bytes(checkpoint))
 
     def row(form: str, count: int, **more) -> File:
-        return File(path.name, form, count, plain / count, **more)
+        return File(str(path), form, count, plain / count, **more)
 
     files = [row("as saved", len(content)), row("gzip -9", len(gzip.compress(content, 9)))]
     try:
@@ -184,7 +208,7 @@ def export_onnx(network: nn.Module, size: int) -> bytes:
     content = buffer.getvalue()
     run = onnx_session(content, torch.get_num_threads())
     expected = in_pytorch(network)(images)
-    if run and (run(images) - expected).abs().max() > 1e-3 * expected.abs().max():
+    if run and not (run(images) - expected).abs().max() <= 1e-3 * expected.abs().max():
         raise utils.Failure("the ONNX model computes other logits than PyTorch", code=1)
     return content
 
@@ -236,7 +260,7 @@ def make_forms(path: Path, network: nn.Module, size: int, threads: int, baseline
     def add(form: str, network: nn.Module, make: Callable[[int], Function], measured: bool = False) -> None:
         nonzeros = sum(int(value.count_nonzero()) for value in network.parameters())
         adds = sum(nonzero for _, nonzero in pruning.multiply_adds(network, size).values())
-        forms.append(Form(path.name, form, sparsity, nonzeros, adds, make, reference, measured))
+        forms.append(Form(str(path), form, sparsity, nonzeros, adds, make, reference, measured))
 
     reference = in_pytorch(network)
     add("PyTorch fp32", network, lambda _: reference, measured=True)
@@ -246,9 +270,10 @@ def make_forms(path: Path, network: nn.Module, size: int, threads: int, baseline
         if compiled:
             add("PyTorch fp32, compiled", network, lambda n: compiled if n == threads else None)
         if utils.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16:
-            add("PyTorch bf16", network, lambda _: in_pytorch(channels_last, torch.bfloat16), measured=True)
-        content = export_onnx(network, size)
-        if onnx_session(content, 1):
+            rounded = copy.deepcopy(channels_last).bfloat16()
+            add("PyTorch bf16", network, lambda _: in_pytorch(rounded), measured=True)
+        if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+            content = export_onnx(network, size)
             add("onnxruntime fp32", network, lambda n: onnx_session(content, n))
     if sum(value.numel() for value in small.parameters()) < sum(value.numel() for value in network.parameters()):
         add("dead channels removed, PyTorch fp32", small, lambda _: in_pytorch(small))
@@ -256,11 +281,13 @@ def make_forms(path: Path, network: nn.Module, size: int, threads: int, baseline
     return forms
 
 
-def in_pytorch(network: nn.Module, dtype: torch.dtype = torch.float32) -> Function:
+def in_pytorch(network: nn.Module) -> Function:
+    """The network as a function; its images are rounded to the type of its weights."""
+    dtype = network.linear.weight.dtype
+
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            return network(images).float()
+        return network(images.to(dtype)).float()
 
     return run
 
@@ -268,7 +295,12 @@ def in_pytorch(network: nn.Module, dtype: torch.dtype = torch.float32) -> Functi
 def compile_or_say_why(network: nn.Module, size: int) -> Function | None:
     """The network compiled by PyTorch, which needs a C++ compiler; without one, None and a line that says so."""
     try:
-        run = in_pytorch(torch.compile(network, dynamic=False))
+        compiled = torch.compile(network, dynamic=False)
+
+        @torch.inference_mode()
+        def run(images: Tensor) -> Tensor:
+            return compiled(images)
+
         for batch in CALLS:
             run(torch.zeros(batch, 3, size, size))
         return run
@@ -291,8 +323,11 @@ def time_forms(forms: list[Form], size: int, teams: list[int], rounds: int) -> N
             function = form.make(threads)
             for batch, images in batches.items():
                 if function:
-                    error = (function(images) - expected[batch]).abs().max() / expected[batch].abs().max()
-                    form.error = max(form.error, float(error))
+                    largest = expected[batch].abs().max().clamp(min=1e-30)
+                    error = float((function(images) - expected[batch]).abs().max() / largest)
+                    if not error < 0.1:
+                        raise utils.Failure(f"{form.form} of {form.checkpoint}: logits are off by {error:.0%}", code=1)
+                    form.error = max(form.error, error)
                     work.append((form, threads, batch, function))
     for turn in tqdm(range(rounds), "measuring speed", unit="round", leave=False, disable=None):
         for form, threads, batch, function in work[:: -1 if turn % 2 else 1]:
@@ -340,14 +375,20 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def short(checkpoint: str, rows: list) -> str:
+    """The name of a checkpoint's file, with its directory where two have the same name."""
+    names = [Path(name).name for name in {row.checkpoint for row in rows}]
+    return checkpoint if names.count(Path(checkpoint).name) > 1 else Path(checkpoint).name
+
+
 def files_table(files: list[File]) -> str:
     rows = [
         [
-            file.checkpoint,
+            short(file.checkpoint, files),
             file.form,
             f"{file.bytes:,}",
             f"{file.times_smaller:.1f}",
-            "" if file.entropy is None else f"{100 * (file.bytes / file.entropy - 1):+.1f} %",
+            "" if not file.entropy else f"{100 * (file.bytes / file.entropy - 1):+.1f} %",
             "" if file.accuracy is None else f"{file.accuracy:.2f} %",
         ]
         for file in files
@@ -359,7 +400,12 @@ def files_table(files: list[File]) -> str:
 def forms_table(forms: list[Form], teams: list[int]) -> str:
     rows = []
     for form in forms:
-        row = [form.checkpoint, form.form, f"{form.nonzeros / 1e6:.3f} M", f"{form.multiply_adds / 1e6:.1f} M"]
+        row = [
+            short(form.checkpoint, forms),
+            form.form,
+            f"{form.nonzeros / 1e6:.3f} M",
+            f"{form.multiply_adds / 1e6:.1f} M",
+        ]
         for batch in CALLS:
             row += [spread(form.seconds.get((batch, threads)), batch) for threads in teams]
         row += [f"{form.error:.0e}", "" if form.accuracy is None else f"{form.accuracy:.2f} %"]
@@ -401,9 +447,9 @@ def report(files: list[File], forms: list[Form], teams: list[int], directory: Pa
             tenth = len(times) // 10
             row += [statistics.median(times), times[tenth], times[-1 - tenth]] if times else ["", "", ""]
         writer.writerow(row)
-    store.write(directory / "deploy.csv", text.getvalue().encode())
-    store.write(directory / "deploy.png", picture(files, forms, max(teams)))
-    print(f"\n{directory / 'deploy.csv'} and {directory / 'deploy.png'} have all figures")
+    store.write(directory / REPORTS[0], text.getvalue().encode(errors="backslashreplace"))
+    store.write(directory / REPORTS[1], picture(files, forms, max(teams)))
+    print(f"\n{directory / REPORTS[0]} and {directory / REPORTS[1]} have all figures")
 
 
 def picture(files: list[File], forms: list[Form], threads: int) -> bytes:

@@ -10,7 +10,7 @@ in blocks that fit the L1 cache, filters are shared among threads by their nonze
 an engine is made: nobody needs a C++ compiler.
 """
 
-from sparse.engine import Engine
+from sparse.engine import Engine, usable_processors
 from sparse.kernels import lanes_of_this_cpu
 
-__all__ = ["Engine", "lanes_of_this_cpu"]
+__all__ = ["Engine", "lanes_of_this_cpu", "usable_processors"]

@@ -1,5 +1,7 @@
 """The engine: a network made ready once, then called with images like the network itself."""
 
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from sparse.loops import compiled
 from sparse.plan import Plan, make_plan
 
 GROUP_FLOATS = 2**26  # the most floats of activations for which it pays to compute several images in one vector
+SIZES = 8  # of images that an engine stays ready for
 
 
 @dataclass
@@ -26,30 +29,43 @@ class Ready:
     shares: dict[int, np.ndarray]
 
 
+def usable_processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Engine:
     """A trained network on the CPU, without its zero weights.
 
     network: any of models/, also with channels removed; it is neither changed nor used in later calls. threads: as
     many as PyTorch uses by default. lanes: floats in a vector, 8 or 16, by default as the processor has them.
-    Raises RuntimeError where the logits are not those of PyTorch, which is checked for each size of images.
+    Raises ValueError for more threads than there are processors for them, and RuntimeError where the logits are not
+    those of PyTorch, which is checked once, with random images of `image_size`; images of any size may follow.
     """
 
     def __init__(self, network: ResNet, image_size: int = 32, threads: int | None = None, lanes: int | None = None):
         self.layers = convolutions(network)
-        self.threads = threads or torch.get_num_threads()
+        self.threads = min(torch.get_num_threads(), usable_processors()) if threads is None else threads
+        if not 1 <= self.threads <= usable_processors():
+            raise ValueError(f"{self.threads} threads on {usable_processors()} processors")
         self.lanes = lanes or lanes_of_this_cpu()
         self.run_image, self.run_group = compiled(self.lanes)
         linear = network.linear
         self.classifier = np.column_stack([linear.weight.detach().numpy(), linear.bias.detach().numpy()])
-        self.pool = ThreadPoolExecutor(self.threads)
+        self.pool, self.process = None, None
+        self.lock = threading.Lock()
         self.ready: dict[tuple[int, int, bool], Ready] = {}
         self.check(network, image_size)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) float32 images -> (N, classes) float32 logits. One call at a time."""
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
+        """(N, 3, H, W) float32 images -> (N, classes) float32 logits; calls from several threads wait in turn."""
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32 or 0 in images.shape[2:]:
             raise ValueError(f"images are (N, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}")
         pixels = np.ascontiguousarray(images.detach().numpy())
+        with self.lock:  # the memory for activations is one
+            return self.compute(pixels)
+
+    def compute(self, pixels: np.ndarray) -> Tensor:
         count, _, height, width = pixels.shape
         logits = np.empty((count, len(self.classifier)), np.float32)
         groups, rest = divmod(count, self.lanes)
@@ -96,6 +112,8 @@ class Engine:
 
     def together(self, work: Callable[[int], None]) -> None:
         """Call `work` with the number of each thread, in that thread."""
+        if self.process != os.getpid():  # threads do not come along into a forked process
+            self.pool, self.process = ThreadPoolExecutor(self.threads), os.getpid()
         others = [self.pool.submit(work, thread) for thread in range(1, self.threads)]
         work(0)
         for other in others:
@@ -105,6 +123,8 @@ class Engine:
         """What computing images of a size needs, made once. It has no arenas where groups would need too much."""
         key = height, width, grouped
         if key not in self.ready:
+            if len(self.ready) >= SIZES:
+                del self.ready[next(iter(self.ready))]
             plan = make_plan(self.layers, height, width, self.lanes, grouped)
             shares = {team: plan.shares(team) for team in {1, self.threads}}
             arenas = self.threads if grouped else 1
@@ -116,7 +136,9 @@ class Engine:
     @torch.no_grad()
     def check(self, network: ResNet, image_size: int) -> None:
         """RuntimeError when the logits of random images differ from PyTorch's by more than rounding explains."""
-        images = torch.randn(self.lanes + 1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(
+            self.threads * self.lanes + 1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)
+        )
         training = network.training
         expected = network.eval()(images)
         network.train(training)

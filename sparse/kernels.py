@@ -3,6 +3,7 @@ and a counter that several threads see. Each is an intrinsic for Numba that writ
 
 # ruff: noqa: ARG001 (Numba says which arguments an intrinsic has)
 
+import ctypes
 from collections.abc import Callable
 
 import llvmlite.binding
@@ -23,16 +24,15 @@ def lanes_of_this_cpu() -> int:
 def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1) -> Callable:
     """A function for compiled code: one output channel of one tile of `rows` x `columns` vectors.
 
-    run(out, out_pitch, nonzeros, start, stop, source, source_pitch, bias, residual, first, floor) adds
-    values[i] times the vectors at source + offsets[i] to the tile, for i from `start` to `stop`. Addresses,
-    offsets and the pitches between the tile's rows are in bytes. Vectors in a row are `step` vectors apart in the
-    source. With `first` the tile starts as bias plus residual (an address, or 0), otherwise as what is at `out`.
-    What is written is at least `floor`.
+    run(out, out_pitch, nonzeros, start, stop, source, source_pitch, bias, residual, first, floor) adds, for each
+    nonzero from `start` to `stop`, its value times the vectors at source + its offset to the tile. A nonzero is a
+    word: the offset, and above it the value. Addresses, offsets and the pitches between rows are in bytes. Vectors
+    in a row are `step` vectors apart in the source. With `first` the tile starts as bias plus residual (an address,
+    or 0), otherwise as what is at `out`. What is written is at least `floor`.
 
     Numba's own loops keep the tile in memory; here it is LLVM registers. `unroll` tiles side by side hide the
     latency of a multiply-add when one tile is too small for that.
     """
-    i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
     vector = ir.VectorType(f32, lanes)
     places = [(row, column) for row in range(rows) for column in range(columns)]
 
@@ -161,8 +161,8 @@ def arrive(typing, counter):
     """Add 1 to the integer at an address, for all threads to see."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+        pointer = builder.inttoptr(args[0], i64.as_pointer())
+        builder.atomic_rmw("add", pointer, ir.Constant(i64, 1), "seq_cst")
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -173,7 +173,7 @@ def look(typing, counter):
     """The integer at an address, as the other threads left it."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        pointer = builder.inttoptr(args[0], i64.as_pointer())
         return builder.load_atomic(pointer, "acquire", 8)
 
     return types.int64(types.int64), codegen
@@ -208,9 +208,9 @@ def copy_even(typing, target, source):
 
     def codegen(context, builder, signature, args):
         wide, narrow, indices = (
-            ir.VectorType(ir.FloatType(), 16),
-            ir.VectorType(ir.FloatType(), 8),
-            ir.VectorType(ir.IntType(32), 8),
+            ir.VectorType(f32, 16),
+            ir.VectorType(f32, 8),
+            ir.VectorType(i32, 8),
         )
         pair = builder.load(builder.inttoptr(args[1], wide.as_pointer()))
         pair.align = 4
@@ -227,7 +227,7 @@ def clear_one(typing, target):
     """Set one float at an address to 0."""
 
     def codegen(context, builder, signature, args):
-        builder.store(ir.Constant(ir.FloatType(), 0.0), builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+        builder.store(ir.Constant(f32, 0.0), builder.inttoptr(args[0], f32.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -249,10 +249,23 @@ def mean(values):
     return total / np.float32(len(values))
 
 
+try:
+    give_way = ctypes.CDLL(None).sched_yield
+    give_way.argtypes, give_way.restype = (), ctypes.c_int
+except (AttributeError, OSError, TypeError):  # not a POSIX system
+
+    @njit(nogil=True)
+    def give_way():
+        return 0
+
+
 @njit(nogil=True)
 def meet(counter, phase, threads):
     """Wait until all threads of the team are here; `phase` counts the meetings."""
     if threads > 1:
         arrive(counter)
+        looks = 0
         while look(counter) < phase * threads:
-            pass
+            looks += 1
+            if looks > 10000:  # whom it waits for may have no processor
+                give_way()

@@ -15,7 +15,9 @@ from conftest import SMALL, SMALL_PRUNING, succeed
 
 import data
 import deploy
+import models
 import packed
+import pruning
 import store
 import utils
 
@@ -71,11 +73,11 @@ def test_files_hold_the_same_network(deployed):
 def test_tables(deployed):
     directory, printed = deployed
     rows = table(directory / "deploy.csv")
-    sizes = {(row["checkpoint"], row["file"]): int(row["bytes"]) for row in rows if "file" in row}
+    sizes = {(Path(row["checkpoint"]).name, row["file"]): int(row["bytes"]) for row in rows if "file" in row}
     pruned = "90percent_single_ckpt.pth"
     assert sizes[pruned, "packed, fp32"] == packed.name(directory / pruned).stat().st_size
     assert sizes[pruned, "packed, bf16 (lossy)"] < sizes[pruned, "packed, fp32"] < sizes[pruned, "gzip -9"]
-    forms = {(row["checkpoint"], row["form"]): row for row in rows if "form" in row}
+    forms = {(Path(row["checkpoint"]).name, row["form"]): row for row in rows if "form" in row}
     assert {form for name, form in forms if name == pruned} >= {"PyTorch fp32", "sparse engine"}
     assert {form for name, form in forms if name == "ckpt.pth"} >= {"PyTorch fp32", "onnxruntime fp32"}
     net = store.load_checkpoint(directory / pruned)["net"]
@@ -90,6 +92,14 @@ def test_tables(deployed):
     for row in forms.values():
         for batch in (1, 64):
             assert float(row[f"seconds_batch{batch}_threads1"]) > 0
+    counts = pruning.multiply_adds(store.network_of(store.load_checkpoint(directory / pruned)), 16).values()
+    assert int(found["multiply_adds"]) == sum(nonzero for _, nonzero in counts) < sum(every for every, _ in counts)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    smaller = next(
+        float(row["times_smaller"]) for row in rows if row.get("file") == "packed, fp32" and pruned in row["checkpoint"]
+    )
+    assert smaller == pytest.approx(len(buffer.getvalue()) / sizes[pruned, "packed, fp32"])
     assert "lossy" in printed and "multiply-" in printed
     assert (directory / "deploy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -114,6 +124,51 @@ def test_a_packed_file_is_not_packed_again(deployed, images, tmp_path):
     rows = deploy.make_files(path, checkpoint, store.network_of(checkpoint).eval(), 16, args, batches)
     assert [row.form for row in rows if "packed" in row.form] == []
     assert list(tmp_path.iterdir()) == [path]
+
+
+def small_network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return models.build("resnet20", 2).eval()
+
+
+def test_what_is_written_is_compared(deployed, tmp_path, monkeypatch):
+    """A packed file with other weights, and an ONNX model with other logits, are not let through."""
+    directory, _ = deployed
+    path = tmp_path / "90percent_single_ckpt.pth"
+    path.write_bytes((directory / path.name).read_bytes())
+    checkpoint = store.load_checkpoint(path)
+    other = packed.pack(checkpoint | {"net": {**checkpoint["net"], "linear.bias": torch.ones(2)}})
+    args = argparse.Namespace(values="fp32", onnx=False)
+    with monkeypatch.context() as patch, pytest.raises(utils.Failure, match="does not hold the weights"):
+        patch.setattr(packed, "pack", lambda *_: other)
+        deploy.make_files(path, checkpoint, store.network_of(checkpoint).eval(), 16, args, [])
+    with monkeypatch.context() as patch, pytest.raises(utils.Failure, match="other logits than PyTorch"):
+        patch.setattr(deploy, "onnx_session", lambda *_: lambda images: torch.full((len(images), 2), float("nan")))
+        deploy.export_onnx(small_network(), 16)
+
+
+def test_a_form_that_is_wrong_or_nan_is_not_measured():
+    for wrong in (lambda x: small_network()(x).detach() * 1.2, lambda x: torch.full((len(x), 2), float("nan"))):
+        reference = deploy.in_pytorch(small_network())
+        form = deploy.Form("x", "wrong", 0, 0, 0, lambda _, wrong=wrong: wrong, reference, False)
+        with pytest.raises(utils.Failure, match="wrong of x: logits are off"):
+            deploy.time_forms([form], 16, [1], 1)
+
+
+def test_a_network_that_computes_nan_is_refused():
+    network = small_network()
+    network.layer1[0].bn1.running_var[0] = -1
+    with pytest.raises(utils.Failure, match="not finite"):
+        deploy.check_logits(Path("x"), network, 16)
+
+
+def test_what_cannot_be_told_apart_is_refused(tmp_path):
+    (tmp_path / "ckpt.pth").touch()
+    assert deploy.find([tmp_path, tmp_path / "ckpt.pth", tmp_path / ".." / tmp_path.name / "ckpt.pth"]) == [
+        tmp_path / "ckpt.pth"
+    ]
+    with pytest.raises(utils.Failure, match="and of another checkpoint"):
+        deploy.find([tmp_path / "ckpt.pth", tmp_path / "ckpt.pt"])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")

@@ -1,6 +1,7 @@
 """The sparse engine computes what PyTorch computes."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def assert_same(engine: sparse.Engine, network: torch.nn.Module, count: int, siz
 
 @pytest.mark.parametrize(
     "arch, lanes, threads",
-    [("resnet18", 16, 2), ("resnet18", 8, 1), ("resnet20", 16, 1), ("resnet20", 8, 2), ("resnet50", 16, 2)],
+    [("resnet18", 16, 2), ("resnet20", 16, 1), ("resnet20", 8, 2), ("resnet50", 16, 2)],
 )
 def test_batches_threads_and_vectors(arch, lanes, threads):
     network = pruned(arch, 0.15)
@@ -110,10 +111,38 @@ def test_nan_stays_nan():
 
 def test_wrong_input_is_refused():
     engine = sparse.Engine(pruned("resnet20", 0.3))
-    for images in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+    for shape, dtype in (
+        ((3, 32, 32), torch.float32),
+        ((1, 1, 32, 32), torch.float32),
+        ((16, 3, 16, 0), torch.float32),
+        ((1, 3, 32, 32), torch.uint8),
+    ):
+        images = torch.zeros(shape, dtype=dtype)
         with pytest.raises(ValueError, match=r"\(N, 3, H, W\) float32"):
             engine(images)
     assert engine(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
+
+
+def test_threads_that_no_processor_is_there_for_are_refused():
+    for threads in (0, sparse.usable_processors() + 1):
+        with pytest.raises(ValueError, match="processors"):
+            sparse.Engine(pruned("resnet20", 0.3), threads=threads)
+
+
+def test_several_threads_may_call_one_engine():
+    engine = sparse.Engine(pruned("resnet20", 0.1), 16)
+    batches = [torch.randn(count, 3, 16, 16) for count in (1, 3, 16, 17)]
+    expected = [engine(images) for images in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for number, logits in enumerate(pool.map(engine, batches * 20)):
+            assert torch.equal(logits, expected[number % 4])
+
+
+def test_old_sizes_are_forgotten():
+    engine = sparse.Engine(pruned("resnet20", 0.1), 16)
+    for size in range(16, 30):
+        engine(torch.zeros(1, 3, size, size))
+    assert len(engine.ready) == sparse.engine.SIZES
 
 
 def test_other_logits_are_noticed(monkeypatch):
