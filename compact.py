@@ -17,7 +17,7 @@ def fold(network: ResNet) -> ResNet:
         if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
             module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
         for name, child in list(module.named_children()):
-            if name.startswith("conv"):
+            if name.startswith("conv") and child.bias is None:  # else it is folded already
                 bn = name.replace("conv", "bn")
                 setattr(module, name, fuse_conv_bn_eval(child, getattr(module, bn)))
                 setattr(module, bn, nn.Identity())

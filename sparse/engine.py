@@ -39,16 +39,21 @@ class Engine:
 
     network: any of models/, also with channels removed; it is neither changed nor used in later calls. threads: as
     many as PyTorch uses by default. lanes: floats in a vector, 8 or 16, by default as the processor has them.
-    Raises ValueError for more threads than there are processors for them, and RuntimeError where the logits are not
-    those of PyTorch, which is checked once, with random images of `image_size`; images of any size may follow.
+    Raises ValueError for more threads than there are processors and for weights that are not float32, RuntimeError
+    where the logits are not those of PyTorch, which is checked once, with random images of `image_size`; images of
+    any size may follow.
     """
 
     def __init__(self, network: ResNet, image_size: int = 32, threads: int | None = None, lanes: int | None = None):
-        self.layers = convolutions(network)
         self.threads = min(torch.get_num_threads(), usable_processors()) if threads is None else threads
         if not 1 <= self.threads <= usable_processors():
             raise ValueError(f"{self.threads} threads on {usable_processors()} processors")
-        self.lanes = lanes or lanes_of_this_cpu()
+        self.lanes = lanes_of_this_cpu() if lanes is None else lanes
+        if self.lanes not in (8, 16):
+            raise ValueError(f"vectors of {self.lanes} floats, not 8 or 16")
+        if any(value.dtype != torch.float32 for value in network.parameters()):
+            raise ValueError("the weights of the network are not float32")
+        self.layers = convolutions(network)
         self.run_image, self.run_group = compiled(self.lanes)
         linear = network.linear
         self.classifier = np.column_stack([linear.weight.detach().numpy(), linear.bias.detach().numpy()])

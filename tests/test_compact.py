@@ -22,6 +22,7 @@ def test_folding_keeps_the_logits(arch):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules()), "the original is left alone"
     assert_same(network.double(), compact.fold(network.double()))
+    assert_same(network, compact.fold(compact.fold(network)))
 
 
 def set_constant(block, first: str, channel: int, value: float) -> None:

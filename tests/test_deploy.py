@@ -15,6 +15,7 @@ from conftest import SMALL, SMALL_PRUNING, succeed
 
 import data
 import deploy
+import forms
 import models
 import packed
 import pruning
@@ -143,16 +144,16 @@ def test_what_is_written_is_compared(deployed, tmp_path, monkeypatch):
         patch.setattr(packed, "pack", lambda *_: other)
         deploy.make_files(path, checkpoint, store.network_of(checkpoint).eval(), 16, args, [])
     with monkeypatch.context() as patch, pytest.raises(utils.Failure, match="other logits than PyTorch"):
-        patch.setattr(deploy, "onnx_session", lambda *_: lambda images: torch.full((len(images), 2), float("nan")))
-        deploy.export_onnx(small_network(), 16)
+        patch.setattr(forms, "onnx_session", lambda *_: lambda images: torch.full((len(images), 2), float("nan")))
+        forms.export_onnx(small_network(), 16)
 
 
 def test_a_form_that_is_wrong_or_nan_is_not_measured():
     for wrong in (lambda x: small_network()(x).detach() * 1.2, lambda x: torch.full((len(x), 2), float("nan"))):
-        reference = deploy.in_pytorch(small_network())
-        form = deploy.Form("x", "wrong", 0, 0, 0, lambda _, wrong=wrong: wrong, reference, False)
+        reference = forms.in_pytorch(small_network())
+        form = forms.Form("x", "wrong", 0, 0, 0, lambda _, wrong=wrong: wrong, reference, False)
         with pytest.raises(utils.Failure, match="wrong of x: logits are off"):
-            deploy.time_forms([form], 16, [1], 1)
+            forms.time_forms([form], 16, [1], 1)
 
 
 def test_a_network_that_computes_nan_is_refused():
@@ -175,7 +176,7 @@ def test_what_cannot_be_told_apart_is_refused(tmp_path):
 def test_compiled():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     pixels = torch.randn(64, 3, 16, 16)
-    torch.testing.assert_close(deploy.compile_or_say_why(network, 16)(pixels), network(pixels).detach())
+    torch.testing.assert_close(forms.compile_or_say_why(network, 16)(pixels), network(pixels).detach())
 
 
 @pytest.mark.parametrize(

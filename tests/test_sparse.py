@@ -129,6 +129,13 @@ def test_threads_that_no_processor_is_there_for_are_refused():
             sparse.Engine(pruned("resnet20", 0.3), threads=threads)
 
 
+def test_other_vectors_and_types_are_refused():
+    with pytest.raises(ValueError, match="not 8 or 16"):
+        sparse.Engine(pruned("resnet20", 0.3), lanes=4)
+    with pytest.raises(ValueError, match="not float32"):
+        sparse.Engine(pruned("resnet20", 0.3).double())
+
+
 def test_several_threads_may_call_one_engine():
     engine = sparse.Engine(pruned("resnet20", 0.1), 16)
     batches = [torch.randn(count, 3, 16, 16) for count in (1, 3, 16, 17)]
