@@ -21,6 +21,7 @@ import csv
 import gzip
 import importlib.util
 import io
+import itertools
 import os
 import platform
 import statistics
@@ -285,6 +286,7 @@ def picture(files: list[File], forms: list[Form], threads: int) -> bytes:
     titles = ("ms an image, batch 1", f"images/s, batch {BATCH}", "megabytes of the file")
     pruned = {form.checkpoint: form.sparsity for form in forms}
     for axis, title, batch in zip(axes, titles, (1, BATCH, None)):
+        colours = iter(f"C{number}" for number in itertools.count())
         for name in dict.fromkeys(row.form for row in (forms if batch else files)):
             if batch:
                 points = [(f.sparsity, f.median(batch, threads)) for f in forms if f.form == name]
@@ -292,10 +294,9 @@ def picture(files: list[File], forms: list[Form], threads: int) -> bytes:
             else:
                 points = [(pruned[f.checkpoint], f.bytes / 1e6) for f in files if f.form == name]
             if len(points) == 1 and len(pruned) > 1:  # what is measured once does not depend on zeros
-                axis.axhline(points[0][1], linestyle=":", color="grey", linewidth=1)
-                axis.annotate(name, (0.99, points[0][1]), xycoords=("axes fraction", "data"), ha="right", fontsize=7)
+                axis.axhline(points[0][1], linestyle=":", color=next(colours), label=name)
             elif points:
-                axis.plot(*zip(*sorted(points)), marker="o", label=name)
+                axis.plot(*zip(*sorted(points)), marker="o", color=next(colours), label=name)
         axis.set(xlabel="sparsity in %", title=title, ylim=(0, None))
         axis.legend(fontsize=7)
     figure.suptitle(f"{processor()}, {threads} threads")
