@@ -105,15 +105,6 @@ def test_tables(deployed):
     assert (directory / "deploy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_packed_files_are_reported_like_checkpoints(deployed, images):
-    directory, _ = deployed
-    succeed("test.py", "--checkpoint-dir", directory, "--dataset", images)
-    with open(directory / "results.csv") as file:
-        zeros = {row["file"]: row["zeros"] for row in csv.DictReader(file)}
-    name = "90percent_single_ckpt"
-    assert zeros[f"{name}.pth"] == zeros[f"{name}.packed"] == zeros[f"{name}.bf16.packed"] == "243346"
-
-
 def test_a_packed_file_is_not_packed_again(deployed, images, tmp_path):
     """What it was rounded from is not in it: another file would claim more than it holds."""
     directory, _ = deployed

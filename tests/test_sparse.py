@@ -49,7 +49,7 @@ def test_batches_threads_and_vectors(arch, lanes, threads):
         assert_same(engine, network, count, 16)
 
 
-@pytest.mark.parametrize("density", (0, 0.01, 0.1, 0.5, 1))
+@pytest.mark.parametrize("density", (0, 0.02, 1))
 def test_every_density_at_full_size(density):
     network = pruned("resnet18", density)
     engine = sparse.Engine(network)
