@@ -19,7 +19,7 @@ def setting(tmp_path_factory):
     """A command of many short epochs, and the files that it leaves when nothing stops it."""
     folder = tmp_path_factory.mktemp("resume")
     images = write_images(folder / "images", train=60)
-    line = ["main.py", *SMALL, *SMALL_PRUNING, "--epochs", "16", "--retrain-epochs", "8", "--final-epochs", "8"]
+    line = ["main.py", *SMALL, *SMALL_PRUNING, "--epochs", "10", "--retrain-epochs", "5", "--final-epochs", "5"]
     line += ["-pr", "0.5", "0.8", "-shot", "single", "iter", "--dataset", images]
     done = command(*line, "--checkpoint-dir", folder / "whole")
     assert done.returncode == 0, done.stderr
