@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import entropy_coder
 import models
 from utils import Failure
 
@@ -41,7 +42,6 @@ MOST_FACTS = 2**24
 
 PATTERNS = 512  # of nine bits
 POPCOUNT = np.array([pattern.bit_count() for pattern in range(PATTERNS)])
-SCALE = 14  # frequencies of the entropy coder sum to 2**14
 
 
 def name(path: Path, values: str = "fp32") -> Path:
@@ -304,7 +304,7 @@ def _pack_masks(masks: list[np.ndarray], weights: dict[str, tuple[int, ...]]) ->
     most = np.array([total[popcount == POPCOUNT].max() for popcount in range(10)])
     shares = -(-255 * total // np.maximum(most, 1)[POPCOUNT]).astype(np.uint8)
     frequencies = _pattern_frequencies(popcounts, shares, weights)
-    return popcounts.tobytes() + shares.tobytes(), _encode(symbols, frequencies)
+    return popcounts.tobytes() + shares.tobytes(), entropy_coder.encode(symbols, frequencies)
 
 
 def _unpack_masks(model: bytes, code: bytes, weights: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
@@ -313,7 +313,7 @@ def _unpack_masks(model: bytes, code: bytes, weights: dict[str, tuple[int, ...]]
     shares = np.frombuffer(model, np.uint8, offset=popcounts.nbytes)
     sizes = [math.prod(shape) for shape in weights.values()]
     lengths = [-(-size // 9) for size in sizes]
-    symbols = _decode(code, lengths, _pattern_frequencies(popcounts, shares, weights))
+    symbols = entropy_coder.decode(code, lengths, _pattern_frequencies(popcounts, shares, weights))
     masks = []
     for size, symbol in zip(sizes, np.split(symbols, np.cumsum(lengths)[:-1])):
         bits = np.unpackbits(symbol.astype("<u2").view(np.uint8).reshape(-1, 2), axis=1, count=9, bitorder="little")
@@ -338,86 +338,17 @@ def _pattern_frequencies(popcounts: np.ndarray, shares: np.ndarray, weights: dic
     )  # a place means nothing in a 1x1 kernel
     sums = np.array([np.bincount(POPCOUNT, share, minlength=10) for share in shares]).astype(np.int64)
     expected = -(-popcounts.astype(np.int64)[:, POPCOUNT] * shares // np.maximum(sums, 1)[:, POPCOUNT])
-    return np.array([_normalise(layer) for layer in expected])
+    return np.array([entropy_coder.normalise(layer) for layer in expected])
 
 
 def _pack_exponents(exponents: list[np.ndarray]) -> tuple[bytes, bytes]:
     """The frequencies of each layer, then the code."""
-    frequencies = np.array([_normalise(np.bincount(layer, minlength=256)) for layer in exponents])
-    return frequencies.astype("<u2").tobytes(), _encode(exponents, frequencies)
+    frequencies = np.array([entropy_coder.normalise(np.bincount(layer, minlength=256)) for layer in exponents])
+    return frequencies.astype("<u2").tobytes(), entropy_coder.encode(exponents, frequencies)
 
 
 def _unpack_exponents(tables: bytes, code: bytes, lengths: list[int]) -> np.ndarray:
     frequencies = np.frombuffer(_inflate(tables, 512 * len(lengths)), "<u2").reshape(-1, 256).astype(np.int64)
-    if (frequencies.sum(1) != 1 << SCALE).any():
+    if (frequencies.sum(1) != 1 << entropy_coder.SCALE).any():
         raise ValueError("its frequencies")
-    return _decode(code, lengths, frequencies)
-
-
-# --------------------------------------------------------------------------------------- entropy coding
-
-
-def _normalise(counts: np.ndarray) -> np.ndarray:
-    """Frequencies that sum to 2**SCALE, none of which is 0 where the count is not."""
-    counts = counts.astype(np.int64)
-    if not counts.any():
-        counts = np.eye(1, len(counts), dtype=np.int64)[0]
-    total, scale, excess = int(counts.sum()), 1 << SCALE, 1
-    while excess > 0:
-        frequencies = np.maximum(counts * scale // total, counts > 0)
-        excess = int(frequencies.sum()) - (1 << SCALE)
-        scale -= max(excess, 0)
-    frequencies[frequencies.argmax()] -= excess
-    return frequencies
-
-
-def _lanes(symbols: int) -> int:
-    """How many coders take turns, so that numpy has vectors to work on: each costs four bytes."""
-    return min(512, symbols // 1024 + 1)
-
-
-def _encode(layers: list[np.ndarray], frequencies: np.ndarray) -> bytes:
-    """Range asymmetric numeral systems with 32 bits of state, 16 bits at a time (Duda 2013), many states in turn
-    (Giesen, Interleaved entropy coders, 2014). `frequencies`: (layers, alphabet), each sums to 2**SCALE."""
-    layer = np.repeat(np.arange(len(layers)), [len(symbols) for symbols in layers])
-    symbols = np.concatenate(layers)
-    frequency = frequencies.astype(np.uint32)[layer, symbols]
-    start = (frequencies.cumsum(1) - frequencies).astype(np.uint32)[layer, symbols]
-    lanes = _lanes(len(symbols))
-    state = np.full(lanes, 1 << 16, np.uint32)
-    words = []
-    for first in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):
-        f, x = frequency[first : first + lanes], state[: len(symbols) - first]
-        full = x >> (32 - SCALE) >= f
-        words.append((x[full] & 0xFFFF).astype("<u2"))
-        x = np.where(full, x >> 16, x)
-        quotient, remainder = np.divmod(x, f)
-        state[: len(f)] = (quotient << SCALE) + remainder + start[first : first + lanes]
-    return state.astype("<u4").tobytes() + b"".join(word.tobytes() for word in reversed(words))
-
-
-def _decode(code: bytes, lengths: list[int], frequencies: np.ndarray) -> np.ndarray:
-    """What `_encode` was given, in one array. ValueError when it cannot have made this code."""
-    total, lanes = sum(lengths), _lanes(sum(lengths))
-    state = np.frombuffer(code, "<u4", lanes).astype(np.uint32)
-    words = np.frombuffer(code, "<u2", offset=4 * lanes)
-    # One entry for each of the 2**SCALE slots of each layer.
-    flat, alphabet = frequencies.reshape(-1), frequencies.shape[1]
-    symbol_of = np.repeat(np.tile(np.arange(alphabet, dtype=np.uint16), len(frequencies)), flat)
-    frequency_of = np.repeat(flat.astype(np.uint32), flat)
-    place_of = (np.arange(len(symbol_of)) - np.repeat(flat.cumsum() - flat, flat)).astype(np.uint32)
-    table = np.repeat(np.arange(len(lengths), dtype=np.uint32) << SCALE, lengths)
-    symbols = np.empty(total, np.uint16)
-    position = 0
-    for first in range(0, total, lanes):
-        x = state[: total - first]
-        slot = table[first : first + lanes] + (x & ((1 << SCALE) - 1))
-        symbols[first : first + lanes] = symbol_of[slot]
-        x = frequency_of[slot] * (x >> SCALE) + place_of[slot]
-        empty = (x < 1 << 16).nonzero()[0]
-        x[empty] = x[empty] << 16 | words[position : position + len(empty)]
-        position += len(empty)
-        state[: len(x)] = x
-    if position != len(words) or (state != 1 << 16).any():
-        raise ValueError("its code")
-    return symbols
+    return entropy_coder.decode(code, lengths, frequencies)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import entropy_coder
 import models
 import packed
 import pruning
@@ -272,11 +273,11 @@ def test_kernels_that_are_pruned_as_a_whole_take_less_than_their_weights_alone()
 def test_the_code_is_that_of_version_1():
     """Files that were written stay readable."""
     symbols = [np.array([0, 1, 2, 1, 1, 1, 0, 1] * 5), np.array([2, 2, 0])]
-    frequencies = np.array([packed._normalise(np.bincount(layer, minlength=3)) for layer in symbols])
+    frequencies = np.array([entropy_coder.normalise(np.bincount(layer, minlength=3)) for layer in symbols])
     assert frequencies.tolist() == [[4096, 10240, 2048], [5461, 0, 10923]]
-    code = packed._encode(symbols, frequencies)
+    code = entropy_coder.encode(symbols, frequencies)
     assert code.hex() == "f84b6e006571c19af5c7"
-    assert np.array_equal(packed._decode(code, [40, 3], frequencies), np.concatenate(symbols))
+    assert np.array_equal(entropy_coder.decode(code, [40, 3], frequencies), np.concatenate(symbols))
 
 
 def test_no_checkpoint_that_is_written_has_a_negative_zero():
