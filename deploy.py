@@ -4,7 +4,7 @@ python deploy.py checkpoint                              every checkpoint of a d
 python deploy.py checkpoint/90percent_iter_ckpt.pth      one
 python deploy.py checkpoint --values bf16 --onnx         also smaller values, and ONNX files
 
-Each pruned checkpoint is packed: a file without its zeros, which test.py and deploy.py read like any checkpoint. The
+Each checkpoint is packed: a file without its zeros, which test.py and deploy.py read like any checkpoint. The
 networks are then computed by PyTorch, with dead channels removed, and by the sparse engine, each in turn in every
 round, beside what else one could do with the dense network on this processor. deploy.csv and deploy.png keep the
 result. Nothing is measured on a GPU: for it, zeros do not pay.
@@ -24,7 +24,6 @@ import io
 import itertools
 import os
 import platform
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,7 +231,7 @@ def forms_table(forms: list[Form], teams: list[int]) -> str:
             f"{form.multiply_adds / 1e6:.1f} M",
         ]
         for batch in CALLS:
-            row += [spread(form.seconds.get((batch, threads)), batch) for threads in teams]
+            row += [figure(form.spread(batch, threads), batch) for threads in teams]
         row += [f"{form.error:.0e}", "" if form.accuracy is None else f"{form.accuracy:.2f} %"]
         rows.append(row)
     counts = [f"{threads} thread{'s' if threads > 1 else ''}" for threads in teams]
@@ -242,15 +241,13 @@ def forms_table(forms: list[Form], teams: list[int]) -> str:
     return tabulate(rows, headers, colalign=("left", "left", *["right"] * (len(headers) - 2)), disable_numparse=True)
 
 
-def spread(seconds: list[float] | None, batch: int) -> str:
-    """Median, and in brackets the first and last decile."""
+def figure(seconds: tuple[float, float, float] | None, batch: int) -> str:
+    """Milliseconds of one image, or images a second of a batch: median, and in brackets first and last decile."""
     if not seconds:
         return ""
-    values = sorted((1e3 * time if batch == 1 else batch / time) for time in seconds)
-    tenth = len(values) // 10
+    low, median, high = (1e3 * time for time in seconds) if batch == 1 else sorted(batch / time for time in seconds)
     digits = 2 if batch == 1 else 0
-    low, high = values[tenth], values[-1 - tenth]
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def report(files: list[File], forms: list[Form], teams: list[int], directory: Path) -> None:
@@ -268,9 +265,8 @@ def report(files: list[File], forms: list[Form], teams: list[int], directory: Pa
     for form in forms:
         row = [form.checkpoint, form.form, form.sparsity, form.nonzeros, form.multiply_adds, form.error, form.accuracy]
         for column in columns:
-            times = sorted(form.seconds.get(column, []))
-            tenth = len(times) // 10
-            row += [statistics.median(times), times[tenth], times[-1 - tenth]] if times else ["", "", ""]
+            low, median, high = form.spread(*column) or ("", "", "")
+            row += [median, low, high]
         writer.writerow(row)
     store.write(directory / REPORTS[0], text.getvalue().encode(errors="backslashreplace"))
     store.write(directory / REPORTS[1], picture(files, forms, max(teams)))
@@ -289,8 +285,8 @@ def picture(files: list[File], forms: list[Form], threads: int) -> bytes:
         colours = iter(f"C{number}" for number in itertools.count())
         for name in dict.fromkeys(row.form for row in (forms if batch else files)):
             if batch:
-                points = [(f.sparsity, f.median(batch, threads)) for f in forms if f.form == name]
-                points = [(x, 1e3 * y if batch == 1 else batch / y) for x, y in points if y]
+                points = [(f.sparsity, f.spread(batch, threads)[1]) for f in forms if f.form == name]
+                points = [(x, 1e3 * y if batch == 1 else batch / y) for x, y in points]
             else:
                 points = [(pruned[f.checkpoint], f.bytes / 1e6) for f in files if f.form == name]
             if len(points) == 1 and len(pruned) > 1:  # what is measured once does not depend on zeros

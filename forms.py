@@ -44,9 +44,11 @@ class Form:
     error: float = 0.0  # largest difference of a logit from the checkpoint in PyTorch fp32, over the largest logit
     accuracy: float | None = None  # percent
 
-    def median(self, batch: int, threads: int) -> float | None:
-        times = self.seconds.get((batch, threads))
-        return statistics.median(times) if times else None
+    def spread(self, batch: int, threads: int) -> tuple[float, float, float] | None:
+        """Seconds of a call: first decile, median, last decile; None where it was not measured."""
+        times = sorted(self.seconds.get((batch, threads), []))
+        tenth = len(times) // 10
+        return (times[tenth], statistics.median(times), times[-1 - tenth]) if times else None
 
 
 def make_forms(path: Path, network: nn.Module, size: int, threads: int, baselines: bool) -> list[Form]:
