@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from models.resnet import ResNet
 from sparse.kernels import lanes_of_this_cpu
 from sparse.layers import convolutions
 from sparse.loops import compiled
-from sparse.plan import Plan, make_plan
+from sparse.plan import Plan, aligned_zeros, make_plan
+from sparse.winograd import applies, transformed
 
 GROUP_FLOATS = 2**26  # the most floats of activations for which it pays to compute several images in one vector
+LEAST_DENSITY = 0.15  # below it no layer is faster with all its weights
+ROUNDS = 3  # of measurements of which the fastest counts
 SIZES = 8  # of images that an engine stays ready for
 
 
@@ -27,6 +31,13 @@ class Ready:
     plan: Plan
     arenas: list[np.ndarray]
     shares: dict[int, np.ndarray]
+    weights: tuple[np.ndarray, np.ndarray]  # of the dense layers, of the classifier
+
+    def data(self, thread: int, team: int) -> tuple:
+        """What the loops read and write. A team has its activations in one arena, each thread works in its own."""
+        plan, own = self.plan, self.arenas[thread % len(self.arenas)]
+        arena = self.arenas[thread if team == 1 else 0]
+        return plan.operations, arena, own, plan.nonzeros, plan.starts, plan.biases, self.shares[team], *self.weights
 
 
 def usable_processors() -> int:
@@ -60,6 +71,7 @@ class Engine:
         self.pool, self.process = None, None
         self.lock = threading.Lock()
         self.ready: dict[tuple[int, int, bool], Ready] = {}
+        self.dense, self.dense_weights = transformed(self.layers, self.faster_dense(image_size), self.lanes)
         self.check(network, image_size)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -92,9 +104,7 @@ class Engine:
 
         def own(thread: int) -> None:
             for part in parts[thread : alone : self.threads]:
-                self.run_group(
-                    *self.data(ready, ready.arenas[thread]), ready.shares[1], logits[part], pixels[part], 0, 1, 0
-                )
+                self.run_group(*ready.data(thread, 1), logits[part], pixels[part], 0, 1, 0)
 
         self.together(own)
         for part in parts[alone:]:
@@ -106,14 +116,8 @@ class Engine:
 
     def as_team(self, run: Callable, ready: Ready, logits: np.ndarray, pixels: np.ndarray) -> None:
         """All threads compute the same images, each its share of the filters of each layer."""
-        counter = np.zeros(1, np.int64)
-        data = self.data(ready, ready.arenas[0])
-        shares = ready.shares[self.threads]
-        self.together(lambda thread: run(*data, shares, logits, pixels, thread, self.threads, counter.ctypes.data))
-
-    def data(self, ready: Ready, arena: np.ndarray) -> tuple:
-        plan = ready.plan
-        return plan.operations, arena, plan.nonzeros, plan.starts, plan.biases, self.classifier
+        counter, team = np.zeros(1, np.int64), self.threads
+        self.together(lambda thread: run(*ready.data(thread, team), logits, pixels, thread, team, counter.ctypes.data))
 
     def together(self, work: Callable[[int], None]) -> None:
         """Call `work` with the number of each thread, in that thread."""
@@ -130,13 +134,42 @@ class Engine:
         if key not in self.ready:
             if len(self.ready) >= SIZES:
                 del self.ready[next(iter(self.ready))]
-            plan = make_plan(self.layers, height, width, self.lanes, grouped)
+            plan = make_plan(self.layers, height, width, self.lanes, grouped, self.dense)
             shares = {team: plan.shares(team) for team in {1, self.threads}}
+            weights = self.dense_weights, self.classifier
             arenas = self.threads if grouped else 1
             if grouped and plan.floats > GROUP_FLOATS:
                 arenas = 0
-            self.ready[key] = Ready(plan, [plan.arena() for _ in range(arenas)], shares)
+            self.ready[key] = Ready(plan, [plan.arena() for _ in range(arenas)], shares, weights)
         return self.ready[key]
+
+    def faster_dense(self, size: int) -> list[int]:
+        """The layers that are faster with all weights for a group of images of this size, measured in one thread."""
+        candidates = [
+            index
+            for index, layer in enumerate(self.layers)
+            if applies(layer) and np.count_nonzero(layer.weight) > LEAST_DENSITY * layer.weight.size
+        ]
+        places, weights = transformed(self.layers, candidates, self.lanes)
+        plans = [make_plan(self.layers, size, size, self.lanes, True, dense) for dense in ({}, places)]
+        if plans[0].floats > GROUP_FLOATS:
+            return []
+        arena = aligned_zeros(max(plan.floats for plan in plans))
+        ready = [Ready(plan, [arena], {1: plan.shares(1)}, (weights, self.classifier)) for plan in plans]
+        logits = np.empty((self.lanes, len(self.classifier)), np.float32)
+        pixels = np.zeros((self.lanes, 3, size, size), np.float32)
+        found = []
+        for index in candidates:
+            seconds = [np.inf, np.inf]
+            for kind in (0, 1) * ROUNDS:
+                operations, *data = ready[kind].data(0, 1)
+                begin = time.perf_counter()
+                # The first operation loads the images.
+                self.run_group(operations[index + 1 : index + 2], *data, logits, pixels, 0, 1, 0)
+                seconds[kind] = min(seconds[kind], time.perf_counter() - begin)
+            if seconds[1] < seconds[0]:
+                found.append(index)
+        return found
 
     @torch.no_grad()
     def check(self, network: ResNet, image_size: int) -> None:

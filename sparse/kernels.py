@@ -21,6 +21,49 @@ def lanes_of_this_cpu() -> int:
     return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 
 
+class VectorCode:
+    """Writes instructions for vectors of `lanes` floats. Addresses are integers, in bytes."""
+
+    def __init__(self, builder: ir.IRBuilder, lanes: int):
+        self.builder, self.lanes = builder, lanes
+        self.vector = ir.VectorType(f32, lanes)
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
+        self.multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{lanes}f32")
+
+    def constant(self, value: float) -> ir.Value:
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def splat(self, scalar: ir.Value) -> ir.Value:
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        first_lane = self.builder.insert_element(undefined, scalar, ir.Constant(i32, 0))
+        lanes = ir.Constant(ir.VectorType(i32, self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(first_lane, undefined, lanes)
+
+    def at(self, address: ir.Value, pitch: ir.Value | int, index: ir.Value | int, more: int = 0) -> ir.Value:
+        """The address of one of several that are `pitch` apart."""
+        pitch, index = (ir.Constant(i64, value) if isinstance(value, int) else value for value in (pitch, index))
+        address = self.builder.add(address, self.builder.mul(pitch, index))
+        return self.builder.add(address, ir.Constant(i64, more)) if more else address
+
+    def grid(self, address: ir.Value, rows: int, columns: int, pitch: ir.Value, step: int = 1) -> list[list[ir.Value]]:
+        """The addresses of rows of vectors, `step` vectors apart in a row."""
+        starts = [self.at(address, pitch, row) for row in range(rows)]
+        return [[self.at(start, 4 * self.lanes * step, column) for column in range(columns)] for start in starts]
+
+    def load(self, address: ir.Value) -> ir.Value:
+        return self.builder.load(self.builder.inttoptr(address, self.vector.as_pointer()), align=4)
+
+    def store(self, value: ir.Value, address: ir.Value) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, self.vector.as_pointer()), align=4)
+
+    def fma(self, one: ir.Value, other: ir.Value, total: ir.Value) -> ir.Value:
+        return self.builder.call(self.multiply_add, [one, other, total])
+
+    def at_least(self, lowest: ir.Value, value: ir.Value) -> ir.Value:
+        """The larger one. Not llvm.maxnum, which would make a number of a NaN."""
+        return self.builder.select(self.builder.fcmp_ordered("<", value, lowest), lowest, value)
+
+
 def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1) -> Callable:
     """A function for compiled code: one output channel of one tile of `rows` x `columns` vectors.
 
@@ -33,8 +76,6 @@ def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1)
     Numba's own loops keep the tile in memory; here it is LLVM registers. `unroll` tiles side by side hide the
     latency of a multiply-add when one tile is too small for that.
     """
-    vector = ir.VectorType(f32, lanes)
-    places = [(row, column) for row in range(rows) for column in range(columns)]
 
     @intrinsic
     def run(typing, out, out_pitch, nonzeros, start, stop, source, source_pitch, bias, residual, first, floor):
@@ -43,41 +84,25 @@ def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1)
 
         def codegen(context, builder, signature, args):
             out, out_pitch, nonzeros, start, stop, source, source_pitch, bias, residual, first, floor = args
-            undefined, width = ir.Constant(vector, ir.Undefined), ir.VectorType(i32, lanes)
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f32"
-            )
+            code = VectorCode(builder, lanes)
+            vector = code.vector
 
             def constant(value):
                 return ir.Constant(i64, value)
 
-            def splat(scalar):
-                first_lane = builder.insert_element(undefined, scalar, ir.Constant(i32, 0))
-                return builder.shuffle_vector(first_lane, undefined, ir.Constant(width, [0] * lanes))
-
-            def pointer(address, kind):
-                return builder.inttoptr(address, kind.as_pointer())
-
-            def vectors(address, pitch, apart):
-                """The addresses of a tile's vectors."""
-                starts = [builder.add(address, builder.mul(pitch, constant(row))) for row in range(rows)]
-                return [builder.add(starts[row], constant(4 * lanes * apart * column)) for row, column in places]
-
-            def load(address):
-                value = builder.load(pointer(address, vector))
-                value.align = 4
-                return value
+            def vectors(address, pitch, step=1):
+                return [place for row in code.grid(address, rows, columns, pitch, step) for place in row]
 
             def nonzero(index):
                 """Value and offset in one word. Atomic, lest LLVM loads it again where it is used."""
                 address = builder.add(nonzeros, builder.shl(index, constant(3)))
-                return builder.load_atomic(pointer(address, i64), "monotonic", 8)
+                return builder.load_atomic(builder.inttoptr(address, i64.as_pointer()), "monotonic", 8)
 
             def multiply_add(word, tile):
                 offset = builder.and_(word, constant(2**32 - 1))
-                value = splat(builder.bitcast(builder.trunc(builder.lshr(word, constant(32)), i32), f32))
+                value = code.splat(builder.bitcast(builder.trunc(builder.lshr(word, constant(32)), i32), f32))
                 addresses = vectors(builder.add(source, offset), source_pitch, step)
-                return [builder.call(fma, [value, load(address), old]) for address, old in zip(addresses, tile)]
+                return [code.fma(value, code.load(address), old) for address, old in zip(addresses, tile)]
 
             def loop(name, start, count, tiles):
                 """for index in range(start, stop - count + 1, count): tiles[k] += nonzero index + k
@@ -93,7 +118,7 @@ def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1)
                 builder.position_at_end(test)
                 index = builder.phi(i64)
                 known = [builder.phi(i64) for _ in range(ahead)]
-                old = [[builder.phi(vector) for _ in places] for _ in tiles]
+                old = [[builder.phi(vector) for _ in range(rows * columns)] for _ in tiles]
                 following = builder.add(index, constant(count))
                 builder.cbranch(builder.icmp_signed("<=", following, stop), body, after)
                 builder.position_at_end(body)
@@ -112,43 +137,40 @@ def tile_kernel(lanes: int, rows: int, columns: int, step: int, unroll: int = 1)
                 builder.position_at_end(after)
                 return index, old
 
-            outs = vectors(out, out_pitch, 1)
+            outs = vectors(out, out_pitch)
             fresh, plain, added, again, begin = (
                 builder.append_basic_block(name) for name in ("fresh", "plain", "added", "again", "begin")
             )
             zero = constant(0)
             builder.cbranch(builder.icmp_signed("!=", first, zero), fresh, again)
             builder.position_at_end(fresh)
-            biases = splat(bias)
+            biases = code.splat(bias)
             builder.cbranch(builder.icmp_signed("!=", residual, zero), added, plain)
             builder.position_at_end(plain)
             builder.branch(begin)
             builder.position_at_end(added)
-            sums = [builder.fadd(biases, load(address)) for address in vectors(residual, out_pitch, 1)]
+            sums = [builder.fadd(biases, code.load(address)) for address in vectors(residual, out_pitch)]
             builder.branch(begin)
             builder.position_at_end(again)
-            olds = [load(address) for address in outs]
+            olds = [code.load(address) for address in outs]
             builder.branch(begin)
             builder.position_at_end(begin)
-            tile = [builder.phi(vector) for _ in places]
+            tile = [builder.phi(vector) for _ in range(rows * columns)]
             for phi, total, old in zip(tile, sums, olds):
                 phi.add_incoming(biases, plain)
                 phi.add_incoming(total, added)
                 phi.add_incoming(old, again)
-            nothing = [splat(ir.Constant(f32, 0.0)) for _ in places]
+            nothing = [code.constant(0)] * (rows * columns)
             tiles = [tile] + [nothing] * (unroll - 1)
             index, tiles = loop("unrolled", start, unroll, tiles)
             if unroll > 1:
                 index, tiles = loop("rest", index, 1, tiles)
-            lowest = splat(floor)
+            lowest = code.splat(floor)
             for place, address in enumerate(outs):
                 total = tiles[0][place]
                 for other in tiles[1:]:
                     total = builder.fadd(total, other[place])
-                # Not llvm.maxnum, which would make a number of a NaN.
-                total = builder.select(builder.fcmp_ordered("<", total, lowest), lowest, total)
-                stored = builder.store(total, pointer(address, vector))
-                stored.align = 4
+                code.store(code.at_least(lowest, total), address)
             return context.get_dummy_value()
 
         return signature, codegen

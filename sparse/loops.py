@@ -7,6 +7,7 @@ import numpy as np
 from numba import njit
 
 from sparse.kernels import clear, clear_few, copy, copy_even, mean, meet, tile_kernel
+from sparse.winograd import winograd_loop
 
 # The operations, and what the columns of their rows are. Places and pitches are in floats, images have no place.
 LOAD = 0  # one image: place, pitch of channels; a group: place, channels, height, width
@@ -14,6 +15,10 @@ SHIFT = 1  # place, pitch, channels, height, width, place of the copies, kernel,
 CONVOLVE = 2  # place, pitch of blocks, target, its pitch of channels, residual or -1, ReLU, filters, blocks, first
 #               start, first bias, layer; one image: vectors; a group: rows, columns, stride, pitch of the source's rows
 CLASSIFY = 3  # place, pitch of channels, channels; one image: pixels; a group: height, width
+WINOGRAD = (
+    4  # a group: place, pitch of channels, target, its pitch of channels, residual or -1, ReLU, filters, channels,
+)
+#               place of the weights, first bias, rows, columns, pitch of the source's rows, place for what lies between
 COLUMNS = 16
 
 
@@ -28,6 +33,7 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
     high = full // 4
     tile1, tile2 = (tile_kernel(lanes, high, 4, step) for step in (1, 2))
     small1, small2 = (tile_kernel(lanes, 2, 2, step, full // 4) for step in (1, 2))
+    winograd = winograd_loop(lanes)
     lowest, nothing = np.float32(-np.inf), np.float32(0)
 
     @njit(nogil=True)
@@ -70,7 +76,20 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
 
     @njit(nogil=True)
     def run_image(
-        operations, arena, nonzeros, starts, biases, classifier, shares, logits, image, thread, team, counter
+        operations,
+        arena,
+        own,  # noqa: ARG001 (of groups)
+        nonzeros,
+        starts,
+        biases,
+        shares,
+        dense,  # noqa: ARG001 (of groups)
+        classifier,
+        logits,
+        image,
+        thread,
+        team,
+        counter,
     ):
         memory, weights = arena.ctypes.data, nonzeros.ctypes.data
         phase = 0
@@ -127,7 +146,20 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
 
     @njit(nogil=True)
     def run_group(
-        operations, arena, nonzeros, starts, biases, classifier, shares, logits, images, thread, team, counter
+        operations,
+        arena,
+        own,
+        nonzeros,
+        starts,
+        biases,
+        shares,
+        dense,
+        classifier,
+        logits,
+        images,
+        thread,
+        team,
+        counter,
     ):
         memory, weights = arena.ctypes.data, nonzeros.ctypes.data
         phase = 0
@@ -181,6 +213,8 @@ def compiled(lanes: int) -> tuple[Callable, Callable]:
                                     small2(out, n, weights, a, z, start, m, b, add, first, floor)
                                 else:
                                     single(out, n, weights, a, z, start, m, b, add, first, floor)
+            elif op[0] == WINOGRAD:
+                winograd(op, memory, own.ctypes.data + 4 * op[14], dense.ctypes.data, biases, thread, team)
             elif thread == 0:
                 source, pitch, channels, rows, columns = op[1:6]
                 sums = np.empty(lanes, np.float32)

@@ -1,11 +1,13 @@
 """Where activations lie in memory, and the nonzero weights in the order in which they are read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from sparse.layers import Convolution
-from sparse.loops import CLASSIFY, COLUMNS, CONVOLVE, LOAD, SHIFT
+from sparse.loops import CLASSIFY, COLUMNS, CONVOLVE, LOAD, SHIFT, WINOGRAD
+from sparse.winograd import TILE, scratch_floats
 
 # Chosen by measurement, on a core with 48 KB of L1 cache.
 CACHE = 32 * 1024  # bytes of input that a tile may read of a block of channels
@@ -27,10 +29,8 @@ class Plan:
     floats: int  # memory for activations
 
     def arena(self) -> np.ndarray:
-        """Zeroed memory for activations that begins where a cache line does."""
-        memory = np.zeros(self.floats + 16, np.float32)
-        skip = -memory.ctypes.data // 4 % 16
-        return memory[skip : skip + self.floats]
+        """Zeroed memory for activations."""
+        return aligned_zeros(self.floats)
 
     def shares(self, team: int) -> np.ndarray:
         """(layers, team + 1) int64: where the filters of each thread begin, so that all have as many nonzeros."""
@@ -42,8 +42,18 @@ class Plan:
         return shares
 
 
-def make_plan(layers: list[Convolution], height: int, width: int, lanes: int, grouped: bool) -> Plan:
-    """The plan for images of one size; `grouped`: a vector holds one pixel of `lanes` images, not pixels of one."""
+def aligned_zeros(floats: int) -> np.ndarray:
+    """Memory that begins where a cache line does."""
+    memory = np.zeros(floats + 16, np.float32)
+    skip = -memory.ctypes.data // 4 % 16
+    return memory[skip : skip + floats]
+
+
+def make_plan(
+    layers: list[Convolution], height: int, width: int, lanes: int, grouped: bool, dense: Mapping[int, int]
+) -> Plan:
+    """The plan for images of one size; `grouped`: a vector holds one pixel of `lanes` images, not pixels of one;
+    dense: where the transformed weights are of layers that groups of images compute with all weights."""
     sizes = {0: (layers[0].weight.shape[1], height, width)}
     last_use = {}
     for index, layer in enumerate(layers):
@@ -51,7 +61,7 @@ def make_plan(layers: list[Convolution], height: int, width: int, lanes: int, gr
         rows, columns = (height - 1) // layer.stride + 1, (width - 1) // layer.stride + 1
         sizes[layer.target] = len(layer.weight), rows, columns
         last_use[layer.source] = last_use[layer.residual] = index
-    planner = (Grouped if grouped else Single)(lanes, layers, sizes)
+    planner = (Grouped if grouped else Single)(lanes, layers, sizes, dense)
     planner.place(0)
     planner.begin()
     for index, layer in enumerate(layers):
@@ -79,6 +89,7 @@ class Planner:
     lanes: int
     layers: list[Convolution]
     sizes: dict[int, Size]  # of each activation
+    dense: Mapping[int, int]  # layers that run with all weights, and where those are
     places: dict[int, int] = field(default_factory=dict)  # of each activation, in floats
     free: dict[Size, list[int]] = field(default_factory=dict)
     floats: int = 16  # the first vectors may read a little before what is theirs
@@ -183,8 +194,13 @@ class Grouped(Planner):
 
     def begin(self) -> None:
         self.operations.append([LOAD, self.places[0], *self.sizes[0]])
+        channels = [self.layers[index].weight.shape[1] for index in self.dense]
+        self.scratch = self.reserve(scratch_floats(max(channels), self.lanes) if channels else 0)
 
     def add(self, index: int, layer: Convolution) -> None:
+        if index in self.dense and min(self.sizes[layer.target][1:]) >= TILE:
+            self.add_dense(layer, self.dense[index])
+            return
         kernel, stride, lanes = layer.weight.shape[2], layer.stride, self.lanes
         size = self.sizes[layer.source]
         _, rows, columns = self.sizes[layer.target]
@@ -194,6 +210,18 @@ class Grouped(Planner):
         reads = (3 * stride + kernel) * ((lanes // 4 - 1) * stride + kernel) * lanes
         row = self.convolve(index, layer, source, self.pitch(size), taps, reads, (columns + 3) * lanes)
         self.operations.append([*row, rows, columns, stride, line])
+
+    def add_dense(self, layer: Convolution, place: int) -> None:
+        size, lanes = self.sizes[layer.source], self.lanes
+        filters, rows, columns = self.sizes[layer.target]
+        line = (columns + 2) * lanes
+        inside = line + lanes
+        residual = -1 if layer.residual is None else self.places[layer.residual] + inside
+        row = [WINOGRAD, self.places[layer.source], self.pitch(size), self.places[layer.target] + inside]
+        row += [self.pitch((filters, rows, columns)), residual, int(layer.relu), filters, size[0], place, self.filters]
+        self.operations.append([*row, rows, columns, line, self.scratch])
+        self.filters += filters
+        self.counts.append(np.count_nonzero(layer.weight.reshape(filters, -1), axis=1))
 
     def finish(self, activation: int) -> None:
         size = channels, height, width = self.sizes[activation]

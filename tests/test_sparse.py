@@ -1,7 +1,9 @@
 """The sparse engine computes what PyTorch computes."""
 
 import copy
+import itertools
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +74,60 @@ def test_any_image_size(size):
         engine = sparse.Engine(network, 16, lanes=lanes)
         for count in (1, lanes):
             assert_same(engine, network, count, size)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets how long the engine finds that a layer takes, with the zeros skipped and with all weights."""
+
+    def set_clock(sparse_seconds: int, dense_seconds: int) -> None:
+        steps = itertools.cycle((0, sparse_seconds, 0, dense_seconds))  # a step from each reading to the next
+        times = itertools.accumulate(steps)
+        monkeypatch.setattr(sparse.engine, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+
+    return set_clock
+
+
+@pytest.mark.parametrize("size", (8, 16, 17, 20, 31, (16, 40), (33, 18)))
+@pytest.mark.parametrize("lanes, threads", [(16, 1), (16, 2), (8, 2)])
+def test_layers_with_all_weights(clock, size, lanes, threads):
+    """Alone and in a team, with tiles that overlap, with one tile, and with layers that are too small for one."""
+    clock(2, 1)
+    network = pruned("resnet20", 0.6)
+    engine = sparse.Engine(network, 16, threads, lanes)
+    assert list(engine.dense) == [i for i, layer in enumerate(engine.layers) if layer.stride == 1]
+    for count in (1, lanes, 3 * lanes):
+        assert_same(engine, network, count, size)
+
+
+def test_channels_that_do_not_come_out_even(clock):
+    """Layers of five and of eleven channels, with all weights: no block of filters divides them."""
+    clock(2, 1)
+    torch.manual_seed(0)
+    network = models.build("resnet20", 3)
+    with torch.no_grad():
+        for block in (*network.layer1, *network.layer2):
+            block.conv1.weight[5 if block in network.layer1 else 11 :] = 0
+            block.bn1.bias.zero_()
+    network = remove_dead_channels(network.eval())
+    assert {len(layer.weight) for layer in convolutions(network)} >= {5, 11}
+    engine = sparse.Engine(network)
+    assert {engine.layers[index].weight.shape[:2] for index in engine.dense} >= {(5, 16), (16, 5), (32, 11)}
+    assert_same(engine, network, 16)
+
+
+@pytest.mark.parametrize("density, dense_seconds, expected", [(0.5, 3, 0), (0.5, 1, 17), (0.1, 1, 0)])
+def test_the_faster_way_is_taken(clock, density, dense_seconds, expected):
+    clock(2, dense_seconds)
+    network = pruned("resnet20", density)
+    engine = sparse.Engine(network, 16)
+    assert len(engine.dense) == expected
+    assert_same(engine, network, 16, 16)
+
+
+def test_all_weights_are_faster_when_all_are_there():
+    """Measured, not set: by a factor of four on the processors seen so far."""
+    assert len(sparse.Engine(pruned("resnet18", 1)).dense) >= 8
 
 
 def test_large_images_are_computed_one_by_one(monkeypatch):
