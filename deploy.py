@@ -224,9 +224,10 @@ def files_table(files: list[File]) -> str:
 def forms_table(forms: list[Form], teams: list[int]) -> str:
     rows = []
     for form in forms:
+        dense = f", {form.dense_layers} dense layers" if form.dense_layers else ""
         row = [
             short(form.checkpoint, forms),
-            form.form,
+            form.form + dense,
             f"{form.nonzeros / 1e6:.3f} M",
             f"{form.multiply_adds / 1e6:.1f} M",
         ]
@@ -258,12 +259,14 @@ def report(files: list[File], forms: list[Form], teams: list[int], directory: Pa
     writer.writerows([f.checkpoint, f.form, f.bytes, f.times_smaller, f.entropy, f.accuracy] for f in files)
     writer.writerow([])
     header = ["checkpoint", "form", "sparsity", "nonzeros", "multiply_adds", "largest_difference", "accuracy"]
+    header.append("dense_layers")
     columns = [(batch, threads) for batch in CALLS for threads in teams]
     for batch, threads in columns:
         header += [f"{name}_batch{batch}_threads{threads}" for name in ("seconds", "first_decile", "last_decile")]
     writer.writerow(header)
     for form in forms:
         row = [form.checkpoint, form.form, form.sparsity, form.nonzeros, form.multiply_adds, form.error, form.accuracy]
+        row.append("" if form.dense_layers is None else form.dense_layers)
         for column in columns:
             low, median, high = form.spread(*column) or ("", "", "")
             row += [median, low, high]

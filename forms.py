@@ -43,6 +43,7 @@ class Form:
     seconds: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # of a call, by batch size and threads
     error: float = 0.0  # largest difference of a logit from the checkpoint in PyTorch fp32, over the largest logit
     accuracy: float | None = None  # percent
+    dense_layers: int | None = None  # of a sparse engine, that compute a batch with all their weights
 
     def spread(self, batch: int, threads: int) -> tuple[float, float, float] | None:
         """Seconds of a call: first decile, median, last decile; None where it was not measured."""
@@ -165,6 +166,8 @@ def time_forms(forms: list[Form], size: int, teams: list[int], rounds: int) -> N
                     if not error < 0.1:
                         raise utils.Failure(f"{form.form} of {form.checkpoint}: logits are off by {error:.0%}", code=1)
                     form.error = max(form.error, error)
+                    if isinstance(function, sparse.Engine):
+                        form.dense_layers = len(function.dense)
                     work.append((form, threads, batch, function))
     for turn in tqdm(range(rounds), "measuring speed", unit="round", leave=False, disable=None):
         for form, threads, batch, function in work[:: -1 if turn % 2 else 1]:
