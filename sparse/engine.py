@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,7 +106,8 @@ class Engine:
             for part in parts[thread : alone : self.threads]:
                 self.run_group(*ready.data(thread, 1), logits[part], pixels[part], 0, 1, 0)
 
-        self.together(own)
+        for other in self.start(own):
+            other.result()
         for part in parts[alone:]:
             self.as_team(self.run_group, ready, logits[part], pixels[part])
 
@@ -117,16 +118,16 @@ class Engine:
     def as_team(self, run: Callable, ready: Ready, logits: np.ndarray, pixels: np.ndarray) -> None:
         """All threads compute the same images, each its share of the filters of each layer."""
         counter, team = np.zeros(1, np.int64), self.threads
-        self.together(lambda thread: run(*ready.data(thread, team), logits, pixels, thread, team, counter.ctypes.data))
+        # The loops end with a meeting of all threads, so what the others still do is to end.
+        self.start(lambda thread: run(*ready.data(thread, team), logits, pixels, thread, team, counter.ctypes.data))
 
-    def together(self, work: Callable[[int], None]) -> None:
-        """Call `work` with the number of each thread, in that thread."""
+    def start(self, work: Callable[[int], None]) -> list[Future]:
+        """Call `work` with the number of each thread, in that thread; it is done in this one on return."""
         if self.process != os.getpid():  # threads do not come along into a forked process
             self.pool, self.process = ThreadPoolExecutor(self.threads), os.getpid()
         others = [self.pool.submit(work, thread) for thread in range(1, self.threads)]
         work(0)
-        for other in others:
-            other.result()
+        return others
 
     def prepare(self, height: int, width: int, grouped: bool) -> Ready:
         """What computing images of a size needs, made once. It has no arenas where groups would need too much."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compact import fold
+from compact import fold, remove_dead_channels
 from models.resnet import ResNet
 
 
@@ -23,7 +23,8 @@ class Convolution:
 
 
 def convolutions(network: ResNet) -> list[Convolution]:
-    """The convolutions of a network in the order in which they run; the classifier averages what the last writes."""
+    """The convolutions of a network without its dead channels, in the order in which they run; the classifier
+    averages what the last writes."""
     found: list[Convolution] = []
 
     def add(conv, relu: bool, source: int, residual: int | None = None) -> int:
@@ -31,7 +32,7 @@ def convolutions(network: ResNet) -> list[Convolution]:
         found.append(Convolution(weight, bias, conv.stride[0], relu, source, len(found) + 1, residual))
         return len(found)
 
-    network = fold(network)
+    network = fold(remove_dead_channels(network))
     activation = add(network.conv1, True, 0)
     for stage in network.stages:
         for block in getattr(network, stage):

@@ -65,10 +65,14 @@ def make_plan(
     planner.place(0)
     planner.begin()
     for index, layer in enumerate(layers):
-        planner.place(layer.target)
+        over = planner.may_write_over(layer) and last_use[layer.residual] == index
+        if over:
+            planner.places[layer.target] = planner.places[layer.residual]
+        else:
+            planner.place(layer.target)
         planner.add(index, layer)
         for activation, use in last_use.items():
-            if use == index and activation is not None:
+            if use == index and activation is not None and not (over and activation == layer.residual):
                 planner.free.setdefault(sizes[activation], []).append(planner.places[activation])
     planner.finish(layers[-1].target)
     rows = [row + [0] * (COLUMNS - len(row)) for row in planner.operations]
@@ -110,6 +114,11 @@ class Planner:
         size = self.sizes[activation]
         spare = self.free.get(size)
         self.places[activation] = spare.pop() if spare else self.reserve(size[0] * self.pitch(size))
+
+    def may_write_over(self, layer: Convolution) -> bool:
+        """Whether the sums of a layer with a residual may take its place: not where tiles overlap."""
+        _, rows, columns = self.sizes[layer.target]
+        return layer.residual is not None and rows % TILE == columns % TILE == 0
 
     def convolve(
         self, index: int, layer: Convolution, source: int, per_channel: int, taps: np.ndarray, reads: int, inside: int

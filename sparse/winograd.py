@@ -237,8 +237,8 @@ def winograd_loop(lanes: int) -> Callable:
                         channels,
                         products + square * products_pitch,
                     )
-                for part in range(PAIR):
-                    tile = min(PAIR * pair + part, across * down - 1)
+                for tile in range(PAIR * pair, min(PAIR * pair + PAIR, across * down)):
+                    part = tile % PAIR
                     y, x = min(TILE * (tile // across), rows - TILE), min(TILE * (tile % across), columns - TILE)
                     for o in range(block * at_once, min(filters, (block + 1) * at_once)):
                         place = o * pitch + y * line + x * lanes
