@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,9 @@ class Step:
     So `after_step` must do all its work on the device, on the same tensors each time, and not wait for it.
     """
 
+    # Until a recording fails once: after that, PyTorch before 2.12 does not clean up its memory.
+    can_record = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -155,8 +159,8 @@ class Step:
         self.dtype, self.after_step = dtype, after_step
         self.rate = optimizer.param_groups[0]["lr"]
         # A step that is to be recorded must have run on another stream than the default one.
-        self.stream = torch.cuda.Stream(sums.device) if sums.is_cuda else None
-        self.recording = sums.is_cuda
+        self.stream = side_stream(sums.device) if sums.is_cuda else None
+        self.recording = sums.is_cuda and Step.can_record
         self.ordinary = Counter()  # steps by shape of batch
         self.play, self.inputs, self.labels = None, None, None
 
@@ -199,9 +203,15 @@ class Step:
         try:
             self.play = record(lambda: self.run(self.inputs, self.labels))
         except RuntimeError as error:
-            self.recording = False
-            reason = " ".join(str(error).split())[:200]
+            self.recording = Step.can_record = False
+            reason = " ".join(str(error.__context__ or error).split())[:200]  # the end of a failed recording fails, too
             tqdm.write(f"training goes on without a CUDA graph, and is slower: {reason}", file=sys.stderr)
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for every training: what the allocator keeps for one stream no other gets."""
+    return torch.cuda.Stream(device)
 
 
 def record(work: Callable[[], None]) -> Callable[[], None]:

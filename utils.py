@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -122,6 +123,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         print(f"{program}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{program}: the memory of the GPU is too small: a smaller --batch-size may help", file=sys.stderr)
+        sys.exit(1)
     except Interrupted as stop:
         print(f"{program}: {stop}", file=sys.stderr)
         sys.exit(128 + _signal)
@@ -190,7 +194,8 @@ def set_up(device: torch.device) -> None:
             torch.cuda.set_device(device)
         # Let cuDNN time its algorithms; and fp32 means fp32: TF32 would round its inputs to 10 bits.
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
+        with warnings.catch_warnings(action="ignore"):  # some versions announce another name for it
+            torch.backends.cudnn.allow_tf32 = False
     else:
         _keep_freed_memory()
 

@@ -10,7 +10,8 @@ in blocks that fit the L1 cache, filters are shared among threads by their nonze
 an engine is made: nobody needs a C++ compiler.
 """
 
-from sparse.engine import Engine, usable_processors
+from sparse.engine import Engine
 from sparse.kernels import lanes_of_this_cpu
+from sparse.team import usable_processors
 
 __all__ = ["Engine", "lanes_of_this_cpu", "usable_processors"]

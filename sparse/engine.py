@@ -1,10 +1,8 @@
 """The engine: a network made ready once, then called with images like the network itself."""
 
-import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +14,7 @@ from sparse.kernels import lanes_of_this_cpu
 from sparse.layers import convolutions
 from sparse.loops import compiled
 from sparse.plan import Plan, aligned_zeros, make_plan
+from sparse.team import Team, usable_processors
 from sparse.winograd import applies, transformed
 
 GROUP_FLOATS = 2**26  # the most floats of activations for which it pays to compute several images in one vector
@@ -38,11 +37,6 @@ class Ready:
         plan, own = self.plan, self.arenas[thread % len(self.arenas)]
         arena = self.arenas[thread if team == 1 else 0]
         return plan.operations, arena, own, plan.nonzeros, plan.starts, plan.biases, self.shares[team], *self.weights
-
-
-def usable_processors() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Engine:
@@ -68,7 +62,7 @@ class Engine:
         self.run_image, self.run_group = compiled(self.lanes)
         linear = network.linear
         self.classifier = np.column_stack([linear.weight.detach().numpy(), linear.bias.detach().numpy()])
-        self.pool, self.process = None, None
+        self.team = Team(self.threads)
         self.lock = threading.Lock()
         self.ready: dict[tuple[int, int, bool], Ready] = {}
         self.dense, self.dense_weights = transformed(self.layers, self.faster_dense(image_size), self.lanes)
@@ -106,7 +100,7 @@ class Engine:
             for part in parts[thread : alone : self.threads]:
                 self.run_group(*ready.data(thread, 1), logits[part], pixels[part], 0, 1, 0)
 
-        for other in self.start(own):
+        for other in self.team.start(own):
             other.result()
         for part in parts[alone:]:
             self.as_team(self.run_group, ready, logits[part], pixels[part])
@@ -119,15 +113,9 @@ class Engine:
         """All threads compute the same images, each its share of the filters of each layer."""
         counter, team = np.zeros(1, np.int64), self.threads
         # The loops end with a meeting of all threads, so what the others still do is to end.
-        self.start(lambda thread: run(*ready.data(thread, team), logits, pixels, thread, team, counter.ctypes.data))
-
-    def start(self, work: Callable[[int], None]) -> list[Future]:
-        """Call `work` with the number of each thread, in that thread; it is done in this one on return."""
-        if self.process != os.getpid():  # threads do not come along into a forked process
-            self.pool, self.process = ThreadPoolExecutor(self.threads), os.getpid()
-        others = [self.pool.submit(work, thread) for thread in range(1, self.threads)]
-        work(0)
-        return others
+        self.team.start(
+            lambda thread: run(*ready.data(thread, team), logits, pixels, thread, team, counter.ctypes.data)
+        )
 
     def prepare(self, height: int, width: int, grouped: bool) -> Ready:
         """What computing images of a size needs, made once. It has no arenas where groups would need too much."""

@@ -4,7 +4,8 @@ python tests/benchmark.py --quick           ResNet18, within two minutes on two 
 python tests/benchmark.py                   more rounds and larger growth tables
 python tests/benchmark.py --device cuda     on a GPU whole epochs of 50,000 images
 
-The classic loop is what the usual scripts do, at their own best settings: fp32, NCHW, a DataLoader with two
+The classic loop is what the usual scripts do, at their own best settings: fp32 (on a GPU with PyTorch's default,
+TF32 in convolutions), NCHW, a DataLoader with two
 workers and memory pinned for a GPU, the transforms of torchvision on PIL images, cudnn.benchmark, the default SGD,
 `.item()` in every step; masked, it has the hooks of torch.nn.utils.prune. It runs in a process of its own, in which
 nothing of ours is set up; the one of the two that is not timed waits.
@@ -16,6 +17,7 @@ times (forward, gradients of weights and of inputs), but twice for the first.
 """
 
 import argparse
+import atexit
 import multiprocessing
 import os
 import platform
@@ -73,8 +75,8 @@ def main() -> None:
     loops = {}
     for masked in False, True:
         what = "masked" if masked else "dense"
-        loops[f"classic, {what}"] = (Elsewhere(args, images, masked), classic_steps, torch.float32)
-        loops[f"ours, {what}"] = (OurLoop(args, images, dtype, masked), our_steps, dtype)
+        loops[f"classic, {what}"] = (Elsewhere(args, images, masked), classic_steps, "tf32" if gpu else "float32")
+        loops[f"ours, {what}"] = (OurLoop(args, images, dtype, masked), our_steps, str(dtype).removeprefix("torch."))
     seconds = {name: [] for name in loops}
     for _ in tqdm(range(rounds), "rounds", disable=None, leave=False):
         for name, (loop, steps, _) in loops.items():
@@ -203,6 +205,7 @@ class Elsewhere:
         split = (images.train.images.numpy(), images.train.labels.numpy())
         self.process = context.Process(target=serve, args=(end, args, images.classes, split, images.mirror, masked))
         self.process.start()
+        atexit.register(self.process.kill)  # after an error here it would wait for work, and this process for it
 
     def time(self, steps: int) -> float:
         self.pipe.send(steps)
@@ -217,6 +220,8 @@ def serve(pipe: Connection, args: argparse.Namespace, classes: list, split: tupl
     """Time as many steps as the other end asks for, until it asks for none."""
     part = data.Split(*map(torch.from_numpy, split))
     torch.backends.cudnn.benchmark = True
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)
     loop = ClassicLoop(args, data.Dataset("", "", classes, part, part, mirror), masked)
     while steps := pipe.recv():
         pipe.send(loop.time(steps))
@@ -279,8 +284,10 @@ def operations(arch: str | tuple, size: int) -> int:
     return sum(counts)
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of a few large matrix products."""
+def peak(device: torch.device, kind: str) -> float:
+    """Operations a second of the fastest of a few large matrix products; tf32: of fp32 that cuDNN may round to it."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    torch.backends.cudnn.allow_tf32 = kind == "tf32"
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     picture = torch.randn(16, size, 8, size // 128, device=device).to(dtype)
@@ -294,14 +301,15 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
             product()
             synchronize(device)
             best = min(best, time.perf_counter() - begin)
+    torch.backends.cudnn.allow_tf32 = False
     return 2 * size**3 / best
 
 
 def speed_table(args: argparse.Namespace, loops: dict, seconds: dict[str, list[float]]) -> str:
     work = operations(args.arch, args.image_size) * args.batch_size
-    peaks = {dtype: peak(args.device, dtype) for _, _, dtype in loops.values()}
+    peaks = {kind: peak(args.device, kind) for _, _, kind in loops.values()}
     rows, middle = [], {name: statistics.median(times) for name, times in seconds.items()}
-    for name, (_, steps, dtype) in loops.items():
+    for name, (_, steps, kind) in loops.items():
         times, typical = seconds[name], middle[name]
         ratio = middle[name.replace("ours", "classic")] / typical
         rows.append(
@@ -312,13 +320,13 @@ def speed_table(args: argparse.Namespace, loops: dict, seconds: dict[str, list[f
                 f"{args.batch_size / typical:.0f}",
                 f"{EPOCH / args.batch_size * typical:.2f}",
                 f"{ratio:.2f}",
-                f"{100 * work / typical / peaks[dtype]:.0f} %",
+                f"{100 * work / typical / peaks[kind]:.0f} %",
             ]
         )
     heads = ["loop", "ms a step (range)", "steps", "images/s", "s an epoch", "ratio", "of peak"]
     table = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
     cost = [100 * (middle[f"{loop}, masked"] / middle[f"{loop}, dense"] - 1) for loop in ("classic", "ours")]
-    known = ", ".join(f"{value / 1e9:.0f} GFLOP/s {str(key).removeprefix('torch.')}" for key, value in peaks.items())
+    known = ", ".join(f"{value / 1e9:.0f} GFLOP/s {key}" for key, value in peaks.items())
     return (
         f"{table}\n\nan epoch: {EPOCH} images; ratio: classic over ours; masks cost {cost[0]:+.1f} % (classic) and "
         f"{cost[1]:+.1f} % (ours) a step; peak: {known}; {work / args.batch_size / 1e9:.2f} GFLOP an image"

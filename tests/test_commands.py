@@ -171,7 +171,7 @@ def test_the_report_counts_and_measures(experiment, images, tmp_path):
     pruned = folder / "87.5percent_iter_ckpt.pth"
     for values in "fp32", "bf16":
         store.write(packed.name(pruned, values), packed.pack(store.load_checkpoint(pruned), values))
-    printed = succeed("test.py", "--checkpoint-dir", folder, "--dataset", images, "--layers")
+    printed = succeed("test.py", "--checkpoint-dir", folder, "--dataset", images, "--device", "cpu", "--layers")
     assert re.search(r"layer3\.2\.conv2\.weight +0\.00 ", printed)
     assert max(map(len, printed.splitlines())) <= 120
     with open(folder / "results.csv") as file:
@@ -205,7 +205,9 @@ def test_the_report_reads_files_of_the_classic_script(experiment, images, tmp_pa
     for theirs, ours in ("ckpt.pth", "ckpt.pth"), ("50.0percent_iter_ckpt.pth", "50percent_iter_ckpt.pth"):
         checkpoint = torch.load(experiment[0] / ours, weights_only=True)
         torch.save({key: checkpoint[key] for key in ("net", "acc", "epoch")}, tmp_path / theirs)
-    printed = succeed("test.py", "--checkpoint-dir", tmp_path, "--dataset", images, "--image-size", "16")
+    printed = succeed(
+        "test.py", "--checkpoint-dir", tmp_path, "--dataset", images, "--device", "cpu", "--image-size", "16"
+    )
     assert re.search(r"50\.0percent_iter_ckpt\.pth +50\.00 +50\.0000", printed)
 
 
@@ -255,7 +257,7 @@ def test_the_report_finds_what_a_file_says_wrong(experiment, images, tmp_path):
         name = f"50.{'0' * index}percent_single_ckpt.pth"
         store.save(folder / name, checkpoint)
         liars[name] = message
-    done = command("test.py", "--checkpoint-dir", folder, "--dataset", images)
+    done = command("test.py", "--checkpoint-dir", folder, "--dataset", images, "--device", "cpu")
     assert done.returncode == 1
     for name, message in liars.items():
         assert any(f"/{name} " in line and message in line for line in done.stderr.splitlines()), (name, message)
@@ -270,7 +272,7 @@ def test_the_report_names_bad_files_and_goes_on(experiment, images, tmp_path):
     (folder / "50percent_iter_ckpt.pth").write_text("hello")
     store.save(folder / "75percent_iter_ckpt.pth", {"net": models.build("resnet20", 3).state_dict()})
     (folder / "50percent_single_ckpt.pth").rename(folder / "60percent_single_ckpt.pth")
-    done = command("test.py", "--checkpoint-dir", folder, "--dataset", images)
+    done = command("test.py", "--checkpoint-dir", folder, "--dataset", images, "--device", "cpu")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 3, done.stderr
     for message in (

@@ -1,7 +1,11 @@
 """The sparse engine computes what PyTorch computes."""
 
+import contextlib
 import copy
 import itertools
+import os
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -13,6 +17,7 @@ import sparse
 import sparse.engine
 from compact import remove_dead_channels
 from sparse.layers import convolutions
+from sparse.team import Team
 
 
 def pruned(arch: str, density: float, classes: int = 10) -> torch.nn.Module:
@@ -199,6 +204,46 @@ def test_several_threads_may_call_one_engine():
     with ThreadPoolExecutor(4) as pool:
         for number, logits in enumerate(pool.map(engine, batches * 20)):
             assert torch.equal(logits, expected[number % 4])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_threads_work_on_other_processors_than_the_one_that_calls():
+    team = Team(2)
+    team.start(lambda _thread: None)  # makes the threads, which may run anywhere
+    for processor in sorted(os.sched_getaffinity(0)):
+        usable = {}
+        with run_on(processor):
+            for other in team.start(lambda thread, usable=usable: usable.update({thread: os.sched_getaffinity(0)})):
+                other.result()
+        assert usable[0] == {processor} and processor not in usable[1]
+
+
+@contextlib.contextmanager
+def run_on(processor: int):
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {processor})
+    yield
+    os.sched_setaffinity(0, usable)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_engine_works_in_a_forked_process():
+    """Threads do not come along: without new ones a call would wait for ever."""
+    engine = sparse.Engine(pruned("resnet20", 0.1), 16, threads=2)
+    images = torch.randn(1, 3, 16, 16)
+    expected = engine(images)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(engine(images), expected) else 1)
+    for _ in range(100):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done and os.waitstatus_to_exitcode(status) == 0
 
 
 def test_old_sizes_are_forgotten():

@@ -1,5 +1,6 @@
 """What makes training fast leaves its results as they were."""
 
+import copy
 import ctypes
 import subprocess
 import sys
@@ -87,6 +88,9 @@ def test_a_step_that_cannot_be_recorded_is_an_ordinary_one(noted, monkeypatch, c
 def test_a_cuda_graph_does_what_ordinary_steps_do(dtype, monkeypatch, capsys):
     device = torch.device("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as main.py does
+    made, record = [], engine.record
+    monkeypatch.setattr(engine, "record", lambda work: made.append(work) or record(work))
     networks, histories = [], []
     for recording in True, False:
         network = fresh().to(device)
@@ -97,12 +101,27 @@ def test_a_cuda_graph_does_what_ordinary_steps_do(dtype, monkeypatch, capsys):
         histories.append(engine.fit(network, batches, stage="test", epochs=6, lr=0.05, dtype=dtype, **more))
         networks.append(network)
         assert all(not weight.detach().cpu()[~masks[n]].any() for n, weight in pruning.prunable(network).items())
-    assert "without a CUDA graph" not in capsys.readouterr().err
+    assert len(made) == 1 and "without a CUDA graph" not in capsys.readouterr().err
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     for graph, plain in zip(*histories, strict=True):
         assert graph["loss"] == pytest.approx(plain["loss"], rel=tolerance, abs=tolerance)
     for (name, graph), plain in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
         torch.testing.assert_close(graph, plain, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_training_goes_on_from_a_state(monkeypatch):
+    """What the graph reads is what was loaded."""
+    device, states = torch.device("cuda"), []
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(engine, "KEEP_SECONDS", 0)
+    batches = data.TrainBatches(dataset(), 16, 0, device)
+    whole, rest = fresh().to(device), fresh().to(device)
+    more = {"stage": "test", "epochs": 6, "lr": 0.05}
+    engine.fit(whole, batches, keep=lambda state: states.append(copy.deepcopy(state)), **more)
+    engine.fit(rest, batches, state=states[2], **more)
+    for (name, one), other in zip(whole.named_parameters(), rest.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def plain_losses(network: nn.Module, batches: data.TrainBatches, masks: pruning.Masks, steps: int, lr: float) -> list:
