@@ -12,7 +12,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class Dataset:
     train: Split
     test: Split
     mirror: bool = True
+    val_fraction: float = 0.0  # of the training images that stand in for the test images
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Of each colour over all pixels of the training images, (3,) float32, in units of the brightest."""
@@ -62,16 +63,31 @@ class Dataset:
         return mean.float(), variance.clamp(min=255.0**-2).sqrt().float()
 
 
-def load(name: str, data_dir: Path, image_size: int) -> Dataset:
+def load(name: str, data_dir: Path, image_size: int, val_fraction: float = 0.0) -> Dataset:
     """`cifar10`, `cifar100`, `digits`, or the path of a folder with train/<class>/ and test/<class>/ images.
 
-    Failure when it cannot be had, with what the user can do about it.
+    With `val_fraction` that share of the training images is held out and takes the place of the test images, which
+    are not looked at: for choices. Failure when it cannot be had, with what the user can do about it.
     """
     if name in ("cifar10", "cifar100"):
-        return _cifar(name, data_dir, image_size)
-    if name == "digits":
-        return _digits(image_size)
-    return _folder(Path(name), image_size)
+        dataset = _cifar(name, data_dir, image_size)
+    elif name == "digits":
+        dataset = _digits(image_size)
+    else:
+        dataset = _folder(Path(name), image_size)
+    return hold_out(dataset, val_fraction) if val_fraction else dataset
+
+
+def hold_out(dataset: Dataset, fraction: float) -> Dataset:
+    """A part of the training images, the same for every seed, in place of the test images."""
+    images, labels = dataset.train.images, dataset.train.labels
+    count = round(fraction * len(labels))
+    if not 0 < count < len(labels):
+        raise Failure(f"argument --val-fraction: {fraction} of {len(labels)} images leaves none on one side")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed("hold out")))
+    test, train = (Split(images[part], labels[part]) for part in (order[:count], order[count:]))
+    name = f"{count:,} of the training images of {dataset.name}"
+    return replace(dataset, name=name, train=train, test=test, val_fraction=fraction)
 
 
 def _cifar(name: str, data_dir: Path, image_size: int) -> Dataset:
@@ -209,7 +225,8 @@ def of_checkpoints(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> D
     name = args.dataset or settings.get("dataset", "cifar10")
     if not args.dataset and name.startswith("folder "):
         raise Failure("these checkpoints were made with a folder of images: say where it is with --dataset")
-    return load(name, args.data_dir, args.image_size or settings.get("image_size", 32))
+    size, fraction = args.image_size or settings.get("image_size", 32), args.val_fraction
+    return load(name, args.data_dir, size, settings.get("val_fraction", 0.0) if fraction is None else fraction)
 
 
 def check(path: Path, checkpoint: dict, images: Dataset) -> None:
@@ -218,7 +235,11 @@ def check(path: Path, checkpoint: dict, images: Dataset) -> None:
     if classes != len(images.classes):
         raise Failure(f"{path} tells {classes} classes apart, and {images.name} has {len(images.classes)}")
     settings = checkpoint.get("settings", {})
-    mine = {"dataset": images.identity, "image_size": images.test.images.shape[1]}
+    mine = {
+        "dataset": images.identity,
+        "image_size": images.test.images.shape[1],
+        "val_fraction": images.val_fraction,
+    }
     if settings and (other := difference(settings, mine)):
         raise Failure(f"{path} was made with other images: {other}")
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from utils import Failure, Interrupted, stop_requested
 
 KEEP_SECONDS = 30  # that, and an epoch, is what a crash may cost of training
+TEMPERATURE, DISTILLED = 4.0, 0.9  # of distillation: as in Hinton et al. 2015 and most that followed
 WARM_UP = 3  # ordinary steps before one is recorded: libraries choose their algorithms in them
 
 
@@ -60,6 +61,12 @@ def cosine(lr: float, done: float) -> float:
     return lr * (1 + math.cos(math.pi * done)) / 2
 
 
+def linear(lr: float, done: float) -> float:
+    """The learning rate when the share `done` of all steps is over: from a tenth of `lr` up to it in the first tenth,
+    then straight down to 0."""
+    return lr * min(0.1 + 9 * done, (1 - done) / 0.9)
+
+
 def fit(
     network: nn.Module,
     batches,
@@ -67,12 +74,16 @@ def fit(
     stage: str,
     epochs: int,
     lr: float,
+    schedule: Callable[[float, float], float] = cosine,
+    nesterov: bool = False,
+    teacher: nn.Module | None = None,
     dtype: torch.dtype = torch.float32,
     after_step: Callable[[], None] = lambda: None,
     state: dict | None = None,
     keep: Callable[[dict], object] = id,
 ) -> list[dict]:
-    """Train `network` in place: cross entropy, SGD with momentum 0.9 and weight decay 5e-4, `lr` down a cosine.
+    """Train `network` in place: SGD with momentum 0.9 and weight decay 5e-4, the learning rate by `schedule` from `lr`
+    and the share of the steps that is over. The loss is cross entropy, with a `teacher` what `distillation` says.
 
     `batches` has a length and `epoch(stage, epoch, first)`, as data.TrainBatches. `after_step` is called after
     each step of the optimizer; see `Step` for what it may do. `keep` is given the state at the end, before that
@@ -85,7 +96,9 @@ def fit(
     device = next(network.parameters()).device
     rate = torch.tensor(lr, device=device)
     # A new optimizer for every stage: momentum of earlier weights would move pruned ones.
-    optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, fused=True, nesterov=nesterov
+    )
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss and correct, and the number of images
     start, first, history = 0, 0, []
     if state:
@@ -94,7 +107,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = rate
         sums.copy_(state["sums"])
-    train_step = Step(network, optimizer, sums, dtype, after_step)
+    train_step = Step(network, optimizer, sums, dtype, after_step, teacher)
 
     def keep_state(epoch: int, step: int) -> None:
         if not all(value.isfinite().all() for value in network.state_dict().values()):
@@ -109,11 +122,11 @@ def fit(
     with tqdm(total=steps, initial=done, desc=stage, unit="batch", disable=None, leave=False, mininterval=1) as bar:
         for epoch in range(start, epochs):
             for step, (inputs, labels) in enumerate(batches.epoch(stage, epoch, first), first + 1):
-                train_step(inputs, labels, cosine(lr, done / steps))
+                train_step(inputs, labels, schedule(lr, done / steps))
                 done += 1
                 # Drawn once a second: inside an epoch only this waits for the device.
                 if bar.update():
-                    now = f"{cosine(lr, done / steps):.4f}"
+                    now = f"{schedule(lr, done / steps):.4f}"
                     bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", lr=now, **means(sums), refresh=False)
                 if stop_requested():
                     keep_state(epoch, step)
@@ -123,7 +136,7 @@ def fit(
             found = means(sums)
             if not math.isfinite(found["loss"]):
                 raise not_finite(stage, epoch + 1)
-            history.append({"stage": stage, "epoch": epoch + 1, "lr": cosine(lr, done / steps), **found})
+            history.append({"stage": stage, "epoch": epoch + 1, "lr": schedule(lr, done / steps), **found})
             sums.zero_()
             first = 0
             # On a GPU a state takes longer to write than a tenth of an epoch to train.
@@ -131,6 +144,19 @@ def fit(
                 keep_state(epoch + 1, 0)
                 kept = time.monotonic()
     return history
+
+
+def distillation(logits: Tensor, wanted: Tensor, loss: Tensor) -> Tensor:
+    """A loss that also asks for the teacher's logits `wanted`, (B, classes) like `logits` (Hinton et al. 2015): the
+    Kullback-Leibler divergence of both at a temperature of 4, times its square, which keeps the size of the
+    gradients, weighs nine times as much as the `loss` of the labels."""
+    soft = F.kl_div(
+        F.log_softmax(logits / TEMPERATURE, 1),
+        F.log_softmax(wanted / TEMPERATURE, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return DISTILLED * TEMPERATURE**2 * soft + (1 - DISTILLED) * loss
 
 
 class Step:
@@ -153,10 +179,11 @@ class Step:
         sums: Tensor,
         dtype: torch.dtype = torch.float32,
         after_step: Callable[[], None] = lambda: None,
+        teacher: nn.Module | None = None,
     ):
         """`optimizer` has one group of parameters, and its learning rate is a tensor on the network's device."""
         self.network, self.optimizer, self.sums = network, optimizer, sums
-        self.dtype, self.after_step = dtype, after_step
+        self.dtype, self.after_step, self.teacher = dtype, after_step, teacher
         self.rate = optimizer.param_groups[0]["lr"]
         # A step that is to be recorded must have run on another stream than the default one.
         self.stream = side_stream(sums.device) if sums.is_cuda else None
@@ -188,8 +215,10 @@ class Step:
         self.optimizer.zero_grad()
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
             logits = self.network(inputs).float()
+            with torch.no_grad():
+                wanted = self.teacher(inputs).float() if self.teacher else None
         loss = F.cross_entropy(logits, labels)
-        loss.backward()
+        (loss if wanted is None else distillation(logits, wanted, loss)).backward()
         self.optimizer.step()
         correct = (logits.argmax(1) == labels).sum()
         images = torch.full_like(correct, len(labels))

@@ -27,6 +27,7 @@ import store
 import utils
 
 DENSE = "ckpt.pth"
+RECIPES = ("distilled", "adaptive", "plain")  # of retraining; the first is the default, and not part of names
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,6 +73,13 @@ def parse_args() -> argparse.Namespace:
     pruned.add_argument(
         "--final-epochs", type=utils.positive_int, default=100, metavar="N", help="iter: epochs after the last step's"
     )
+    pruned.add_argument(
+        "--retrain",
+        choices=RECIPES,
+        default=RECIPES[0],
+        help="adaptive: from a learning rate by what pruning took away straight down to 0 (Zimmer et al. 2023); "
+        "distilled: the same, with the dense network as teacher (Hinton et al. 2015); plain: as dense training",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--arch", choices=models.ARCHITECTURES, default="resnet18", help="network")
     training.add_argument(
@@ -98,7 +106,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.pr) != bool(args.shot):
         parser.error("-pr and -shot go together: what sparsity, and how to get there")
-    for flag, values in ("-pr", [result_name(s, "", "") for s in args.pr]), ("-shot", args.shot):
+    for flag, values in ("-pr", [result_name(s, "", "", "") for s in args.pr]), ("-shot", args.shot):
         if len(set(values)) < len(values):
             parser.error(f"argument {flag}: the same value twice")
     return args
@@ -108,7 +116,7 @@ def main() -> None:
     args = parse_args()
     device = utils.choose_device(args.device)
     utils.set_up(device)
-    images = data.load(args.dataset, args.data_dir, args.image_size)
+    images = data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction)
     lab = Lab(args, images, device)
     dense = train_dense(lab)
     if "single" in args.shot:
@@ -152,8 +160,10 @@ def prune_one_shot(lab: "Lab", dense: dict, sparsity: float) -> None:
         return
     network = lab.place(store.network_of(dense))
     masks = pruning.choose(network, round(sparsity * lab.weights), allocation=lab.args.allocation)
-    history = lab.train(network, stage, lab.args.retrain_epochs, settings, masks)
-    lab.finish(result, network, settings, history, dense)
+    recipe = lab.recipe(network, masks, lab.args.retrain_epochs, dense)
+    before = lab.accuracy_after_pruning(network, masks)
+    history = lab.train(network, stage, lab.args.retrain_epochs, settings, masks, recipe)
+    lab.finish(result, network, settings, history, dense, before)
     lab.directory.forget(stage)
 
 
@@ -178,21 +188,26 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
         for step, zeros in enumerate(shared[trunk["step"] :], trunk["step"] + 1):
             stage = f"iter_step{step}"
             masks = pruning.choose(network, zeros, masks, args.allocation)
-            history = history + lab.train(network, stage, args.step_epochs, steps, masks)
+            recipe = lab.recipe(network, masks, args.step_epochs, dense)
+            history = history + lab.train(network, stage, args.step_epochs, steps, masks, recipe)
             trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
         masks = pruning.choose(network, last, masks, args.allocation)
+        recipe = lab.recipe(network, masks, args.step_epochs, dense)
+        before = lab.accuracy_after_pruning(network, masks)
         for stage, epochs in zip(stages, (args.step_epochs, args.final_epochs)):
-            history = history + lab.train(network, stage, epochs, settings, masks)
-        lab.finish(result, network, settings, history, dense)
+            history = history + lab.train(network, stage, epochs, settings, masks, recipe)
+            recipe = lab.recipe(network, masks, args.final_epochs, dense)
+        lab.finish(result, network, settings, history, dense, before)
         lab.directory.forget(*stages)
     lab.directory.forget("iter_trunk")
 
 
-def result_name(sparsity: float, mode: str, allocation: str) -> str:
-    """The file of a pruned network: 90percent_iter_ckpt.pth, or 90percent_iter_erk_ckpt.pth."""
-    return f"{100 * sparsity:g}percent_{mode}{'' if allocation == 'global' else f'_{allocation}'}_ckpt.pth"
+def result_name(sparsity: float, mode: str, allocation: str, retrain: str) -> str:
+    """The file of a pruned network: 90percent_iter_ckpt.pth; what is not the default is part of it, as _erk_plain."""
+    choices = [choice for choice in (allocation, retrain) if choice not in ("global", RECIPES[0])]
+    return "_".join([f"{100 * sparsity:g}percent", mode, *choices, "ckpt.pth"])
 
 
 class Lab:
@@ -205,6 +220,7 @@ class Lab:
             "arch": args.arch,
             "dataset": images.identity,
             "image_size": args.image_size,
+            "val_fraction": args.val_fraction,
             "lr": args.lr,
             "batch_size": args.batch_size,
             "seed": args.seed,
@@ -245,9 +261,10 @@ class Lab:
             if replaced:
                 return
             raise
-        mine = {name: self.settings[name] for name in ("arch", "dataset", "image_size")}
+        mine = {name: self.settings[name] for name in ("arch", "dataset", "image_size", "val_fraction")}
         mine["classes"] = len(self.images.classes)
-        theirs = mine | checkpoint.get("settings", {})
+        settings = checkpoint.get("settings")
+        theirs = mine | ({"val_fraction": 0.0} | settings if settings else {})
         theirs |= {"arch": checkpoint["arch"], "classes": len(checkpoint["net"]["linear.weight"])}
         if other := utils.difference(theirs, mine):
             raise utils.Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
@@ -258,7 +275,7 @@ class Lab:
             asked = {name: self.settings[name] for name in self.settings if name in saved}
             mode = saved.get("mode")
             if mode:
-                asked["allocation"] = self.args.allocation
+                asked |= {"allocation": self.args.allocation, "retrain": self.args.retrain}
             if mode and mode not in self.args.shot:
                 asked["mode"] = " ".join(self.args.shot) or "dense"
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
@@ -290,21 +307,53 @@ class Lab:
         return dense | {"digest": store.digest(dense["net"])}
 
     def pruned_settings(self, dense: dict, mode: str) -> dict:
-        return self.settings | {"mode": mode, "allocation": self.args.allocation, "parent": dense["digest"]}
+        choices = {"allocation": self.args.allocation, "retrain": self.args.retrain}
+        return self.settings | choices | {"mode": mode, "parent": dense["digest"]}
 
     def result_name(self, sparsity: float, mode: str) -> str:
-        return result_name(sparsity, mode, self.args.allocation)
+        return result_name(sparsity, mode, self.args.allocation, self.args.retrain)
 
     def place(self, network: nn.Module) -> nn.Module:
         """The network on the device, in the layout that convolutions are fastest in."""
         return network.to(self.device, memory_format=torch.channels_last)
 
+    def recipe(self, network: nn.Module, masks: pruning.Masks, epochs: int, dense: dict) -> dict:
+        """How to retrain for so many epochs what `masks` leave of a network: arguments of engine.fit.
+
+        The adaptive learning rate is that of Zimmer, Spiegel and Pokutta (How I learned to stop worrying and love
+        retraining, 2023): the larger the share of the weights' norm that goes, beyond what as many random weights
+        would take, the higher it starts, between the rate that the dense training would have so many epochs before
+        its end, were it linear, and its highest.
+        """
+        if self.args.retrain == "plain":
+            return {"lr": self.args.lr}
+        left = sum(int(weight.count_nonzero()) for weight in pruning.prunable(network).values())
+        share = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(left, 1)
+        change = pruning.change(network, masks) / share**0.5 if share > 0 else 0.0
+        least = min(1.0, epochs / dense.get("settings", {}).get("epochs", self.args.epochs))
+        lr = self.args.lr * min(max(change, least), 1.0)
+        recipe = {"lr": lr, "schedule": engine.linear, "nesterov": True}
+        if self.args.retrain == "distilled":
+            recipe["teacher"] = self.place(store.network_of(dense)).eval()
+        return recipe
+
+    def accuracy_after_pruning(self, network: nn.Module, masks: pruning.Masks) -> float:
+        """Prune, and measure before anything is retrained; percent."""
+        pruning.apply(network, masks)
+        return engine.evaluate(network, self.test_batches).accuracy
+
     def train(
-        self, network: nn.Module, stage: str, epochs: int, settings: dict, masks: pruning.Masks | None = None
+        self,
+        network: nn.Module,
+        stage: str,
+        epochs: int,
+        settings: dict,
+        masks: pruning.Masks | None = None,
+        recipe: dict | None = None,
     ) -> list[dict]:
         """Train in place, from where an interrupted run stopped; with `masks`, pruned weights are zero and stay it."""
         begin = time.monotonic()
-        after_step = {}
+        recipe, after_step = recipe or {"lr": self.args.lr}, {}
         if masks:
             pruning.apply(network, masks)
             after_step = {"after_step": pruning.keeper(network, masks)}
@@ -313,7 +362,7 @@ class Lab:
             self.train_batches,
             stage=stage,
             epochs=epochs,
-            lr=self.args.lr,
+            **recipe,
             dtype=self.dtype,
             state=self.directory.kept(stage, settings),
             keep=lambda state: self.directory.keep(stage, settings, state),
@@ -325,15 +374,21 @@ class Lab:
         seconds = timedelta(seconds=round(time.monotonic() - begin))
         last = history[-1]
         print(
-            f"{stage}: sparsity {100 * found:.2f} %, {epochs} epochs in {seconds}, training loss {last['loss']:.4f}, "
-            f"accuracy {last['accuracy']:.2f} %"
+            f"{stage}: sparsity {100 * found:.2f} %, {epochs} epochs in {seconds}, learning rate from "
+            f"{recipe['lr']:.4f}, training loss {last['loss']:.4f}, accuracy {last['accuracy']:.2f} %"
         )
-        return [entry | {"sparsity": found} for entry in history]
+        return [entry | {"sparsity": found, "peak_lr": recipe["lr"]} for entry in history]
 
     def finish(
-        self, result: str, network: nn.Module, settings: dict, history: list[dict], dense: dict | None = None
+        self,
+        result: str,
+        network: nn.Module,
+        settings: dict,
+        history: list[dict],
+        dense: dict | None = None,
+        before: float | None = None,
     ) -> None:
-        """Measure a network on the test set, once, and write its checkpoint."""
+        """Measure a network on the test set, once, and write its checkpoint. `before`: accuracy before retraining."""
         score = engine.evaluate(network, self.test_batches)
         net = store.plain_state(network)
         if not all(value.isfinite().all() for value in net.values()):
@@ -350,7 +405,7 @@ class Lab:
         }
         drop = ""
         if dense:
-            checkpoint["dense_acc"] = dense["acc"]
+            checkpoint |= {"dense_acc": dense["acc"], "pruned_acc": before}
             drop = f", drop {dense['acc'] - score.accuracy:.2f} points"
         self.directory.finish(result, checkpoint)
         counts = pruning.multiply_adds(network, self.args.image_size).values()

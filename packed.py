@@ -35,7 +35,8 @@ VERSION = 1
 START = struct.Struct("<8sIIQ")  # magic, version, bytes of the header, bytes of the file; its SHA-256 follows
 DIGEST = 32
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a value
-FACTS = ("acc", "dense_acc", "loss", "zeros", "epoch", "classes", "settings", "history", "fp32_acc", "fp32_loss")
+FACTS = ("acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "classes", "settings", "history")
+FACTS += ("fp32_acc", "fp32_loss")
 # So that a few hostile bytes cannot ask for more than a large network takes.
 MOST_CLASSES = 2**16
 MOST_FACTS = 2**24

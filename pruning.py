@@ -161,6 +161,15 @@ def keeper(network: nn.Module, masks: Masks) -> Callable[[], None]:
     return keep
 
 
+def change(network: nn.Module, masks: Masks) -> float:
+    """What `apply` would take away: the norm of the weights that it zeroes over that of all prunable weights."""
+    weights = prunable(network)
+    lost = sum(float(weight.detach().cpu()[~masks[name]].double().square().sum()) for name, weight in weights.items())
+    return (
+        lost / max(sum(float(weight.detach().double().square().sum()) for weight in weights.values()), 1e-300)
+    ) ** 0.5
+
+
 def count(network: nn.Module) -> dict[str, tuple[int, int]]:
     """Zeros and weights of each prunable layer, by parameter name."""
     return {name: (int((weight == 0).sum()), weight.numel()) for name, weight in prunable(network).items()}

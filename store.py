@@ -121,7 +121,7 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
     """What a checkpoint says of its network, if it says it in the way that main.py does."""
     facts = {
         name: checkpoint[name]
-        for name in ("acc", "dense_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss")
+        for name in ("acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss")
         if name in checkpoint
     }
     for name, value in facts.items():
@@ -140,6 +140,9 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
             "parent": str,
             "mode": str,
             "allocation": str,
+            "retrain": str,
+            "seed": int,
+            "val_fraction": float,
             "sparsity": (int, float),
         }
         # What was measured before a packed network was rounded is not said of the rounded one.

@@ -2,6 +2,7 @@
 
     python test.py                          the table, results.csv and results.png of checkpoint/
     python test.py --layers                 also sparsity and multiply-adds of each layer
+    python test.py --checkpoint-dir a b c   of each, and mean and deviation over them: a directory a seed
 
 Nothing in a file is believed: zeros are counted and the accuracy is measured on the whole test set. A file
 that cannot be read, or that says something else than is found, is named, and the exit code is 1.
@@ -17,6 +18,7 @@ import csv
 import io
 import math
 import re
+import statistics
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -34,7 +36,8 @@ import utils
 
 DENSE = "ckpt.pth"
 PRUNED_NAME = re.compile(
-    r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)(_(?P<allocation>[a-z]+))?_ckpt"
+    r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)(_(?P<allocation>uniform|erk|lamp))?"
+    r"(_(?P<retrain>adaptive|plain))?_ckpt"
     r"(\.pth|(\.bf16|\.fp16)?\.packed)"
 )
 MODES = {"single": "one-shot", "iter": "iterative"}
@@ -43,7 +46,14 @@ COLORS = {"global": "C0", "uniform": "C1", "erk": "C2", "lamp": "C3"}
 
 def parse_args() -> argparse.Namespace:
     parser = utils.Parser(description="Reload every checkpoint of a directory and report sparsity and accuracy.")
-    parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoint"), metavar="DIR", help="what to report")
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        nargs="+",
+        default=[Path("checkpoint")],
+        metavar="DIR",
+        help="what to report; of several, runs with other seeds, also mean and standard deviation",
+    )
     parser.add_argument("--layers", action="store_true", help="also print sparsity and multiply-adds of each layer")
     utils.add_data_arguments(parser, None, None)
     utils.add_device_arguments(parser, "of the measurement; auto is fp32, in which main.py measures too")
@@ -55,18 +65,46 @@ def main() -> int:
     device = utils.choose_device(args.device)
     utils.set_up(device)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    checkpoints, problems = read_all(args.checkpoint_dir)
-    if not checkpoints:
-        return complain(problems)
-    images = data.of_checkpoints(args, checkpoints)
+    directories = list({path.resolve(): path for path in args.checkpoint_dir}.values())
+    found = [read_all(directory) for directory in directories]
+    everything = {path: checkpoint for checkpoints, _ in found for path, checkpoint in checkpoints.items()}
+    if not everything:
+        return complain([problem for _, problems in found for problem in problems])
+    images = data.of_checkpoints(args, everything)
     batches = data.TestBatches(images, device)
-    rows, layers, counts, dense, dense_digest = [], {}, {}, None, ""
+    tables, problems = [], []
+    for directory, (checkpoints, unreadable) in zip(directories, found):
+        if len(directories) > 1:
+            print(f"{directory}:")
+        try:
+            rows, wrong = report_directory(directory, checkpoints, images, batches, dtype, args.layers)
+        finally:
+            complain(unreadable)
+        tables.append(rows)
+        problems += unreadable + wrong
+        complain(wrong)
+    if len(directories) > 1:
+        report_seeds(tables, directories[0])
+    return 1 if problems else 0
+
+
+def report_directory(
+    directory: Path,
+    checkpoints: dict[Path, dict],
+    images: data.Dataset,
+    batches: data.TestBatches,
+    dtype: torch.dtype,
+    with_layers: bool,
+) -> tuple[list["Row"], list[str]]:
+    """Measure the checkpoints of a directory, print and write their table; a row for each, and what is wrong."""
+    rows, problems, layers, counts, dense, dense_digest = [], [], {}, {}, None, ""
     for path, checkpoint in tqdm(checkpoints.items(), "measuring", leave=False, disable=None):
         try:
             data.check(path, checkpoint, images)
         except utils.Failure as failure:
             problems.append(str(failure))
             continue
+        device = batches.images.device
         network = store.network_of(checkpoint).to(device, memory_format=torch.channels_last)
         zeros = pruning.count(network)
         multiply_adds = pruning.multiply_adds(network, images.test.images.shape[1])
@@ -81,14 +119,32 @@ def main() -> int:
         problems += contradictions(path, checkpoint, rows[-1], score, parent)
         if path.name == DENSE:
             dense, dense_digest = score, store.digest(checkpoint["net"])
-    try:
-        if rows:
-            report(rows, args.checkpoint_dir)
-        if rows and args.layers:
-            print("\n" + layer_tables(layers, counts))
-    finally:
-        complain(problems)
-    return 1 if problems else 0
+    if rows:
+        report(rows, directory)
+    if rows and with_layers:
+        print("\n" + layer_tables(layers, counts))
+    return rows, problems
+
+
+def report_seeds(tables: list[list["Row"]], directory: Path) -> None:
+    """Print and write, as seeds.csv, mean and standard deviation over directories of what has the same name in each."""
+    names = dict.fromkeys(row.file for rows in tables for row in rows)
+    lines = []
+    for name in names:
+        same = [row for rows in tables for row in rows if row.file == name]
+        line = {"model": name, "runs": len(same), "found %": statistics.mean(row.sparsity for row in same)}
+        for head, field in (("acc. after %", "accuracy"), ("drop pts", "drop"), ("acc. pruned %", "accuracy_pruned")):
+            values = [getattr(row, field) for row in same if getattr(row, field) is not None]
+            line[head] = statistics.mean(values) if values else None
+            line[f"{head} std"] = statistics.stdev(values) if len(values) > 1 else None
+        lines.append(line)
+    headers = {name: name.replace(" ", "\n") for name in lines[0]} if lines else {}
+    print(f"\nover {len(tables)} directories:\n" + tabulate.tabulate(lines, headers, floatfmt=".2f", missingval="-"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, headers, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    store.write(directory / "seeds.csv", text.getvalue().encode(errors="backslashreplace"))
 
 
 def complain(problems: list[str]) -> int:
@@ -130,19 +186,24 @@ class Row:
     """One checkpoint. Sparsities and accuracies in percent, drop in points; `values` is the type that the weights
     were rounded to for packing, else fp32, `sparsity` is over the pruned layers, `compression` all parameters over
     those that are not zero, multiply-adds in millions for an image, `accuracy_before` that of the dense network it was
-    pruned from."""
+    pruned from, `accuracy_pruned` what pruning left before retraining, as the file says, `accuracy_margin` half the
+    width of the 95 % interval of `accuracy`."""
 
     file: str
     arch: str
     dataset: str
     mode: str
     allocation: str
+    retrain: str
+    seed: int | None
     values: str
     sparsity_asked: float | None
     sparsity: float
     sparsity_all_parameters: float
     accuracy_before: float | None
+    accuracy_pruned: float | None
     accuracy: float
+    accuracy_margin: float
     drop: float | None
     loss: float
     zeros: int
@@ -179,12 +240,16 @@ class Row:
             dataset=dataset,
             mode=settings.get("mode", name["mode"] if name else "dense"),
             allocation=settings.get("allocation", (name and name["allocation"]) or "global"),
+            retrain=settings.get("retrain", (name and name["retrain"]) or ("plain" if name else "")),
+            seed=settings.get("seed"),
             values=checkpoint.get("values", "fp32"),
             sparsity_asked=asked,
             sparsity=100 * zeros / weights,
             sparsity_all_parameters=100 * zeros / parameters,
             accuracy_before=before,
+            accuracy_pruned=checkpoint.get("pruned_acc"),
             accuracy=score.accuracy,
+            accuracy_margin=100 * margin(score.correct, score.images),
             drop=None if before is None else before - score.accuracy,
             loss=score.loss,
             zeros=zeros,
@@ -195,6 +260,13 @@ class Row:
             theoretical_speed_up=dense_count / nonzero_count if nonzero_count else None,
             file_bytes=path.stat().st_size,
         )
+
+
+def margin(correct: int, images: int) -> float:
+    """Half the width of the 95 % interval of an accuracy, a fraction (Wilson 1927): of how many images there are, and
+    nothing of seeds."""
+    z, share = 1.96, correct / images
+    return z * math.sqrt(share * (1 - share) / images + (z / images / 2) ** 2) / (1 + z**2 / images)
 
 
 def contradictions(
@@ -235,9 +307,9 @@ def report(rows: list[Row], directory: Path) -> None:
             "mult- adds M": row.multiply_adds,
             "times fewer": row.theoretical_speed_up,
             "acc. before %": row.accuracy_before,
-            "acc. after %": row.accuracy,
+            "acc. pruned %": row.accuracy_pruned,
+            "acc. after %": f"{row.accuracy:.2f} ±{row.accuracy_margin:.1f}",
             "drop pts": row.drop,
-            "loss": f"{row.loss:.4f}",
             "file MB": row.file_bytes / 1e6,
         }
         for row in rows
@@ -245,7 +317,7 @@ def report(rows: list[Row], directory: Path) -> None:
     headers = {name: name.replace(" ", "\n") for name in table[0]}
     tabulate.MIN_PADDING = 0  # so that 120 characters are enough
     print(
-        tabulate.tabulate(table, headers, floatfmt=".2f", missingval="-", disable_numparse=[2, 4, 11], stralign="right")
+        tabulate.tabulate(table, headers, floatfmt=".2f", missingval="-", disable_numparse=[2, 4, 10], stralign="right")
     )
     lines = io.StringIO()
     writer = csv.DictWriter(lines, asdict(rows[0]), lineterminator="\n")

@@ -65,6 +65,7 @@ def number(kind: type, accept: Callable[[float], bool], what: str) -> Callable[[
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 fraction = number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+share = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
 image_size = number(int, lambda value: 16 <= value <= 1024, "a whole number from 16 to 1024")
 
@@ -99,6 +100,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, siz
         default=size,
         metavar="PIXELS",
         help="images are resized to this height and width",
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=share,
+        default=None if size is None else 0.0,
+        metavar="FRACTION",
+        help="hold out this share of the training images and measure on it, not on the test images",
     )
 
 
@@ -142,7 +150,11 @@ def derive_seed(*key: object) -> int:
 
 def difference(saved: dict, asked: dict) -> str:
     """The settings in which two runs differ, for a person to read; empty when they agree."""
-    saved = {"allocation": "global"} | saved  # which files do not say that are older than the choice
+    saved = {
+        "allocation": "global",
+        "retrain": "plain",
+        "val_fraction": 0.0,
+    } | saved  # files that do not say it are older than the choice
     return ", ".join(
         f"{name} {saved.get(name)} there, {value} asked" for name, value in asked.items() if saved.get(name) != value
     )

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -100,11 +101,15 @@ def test_pruned_weights_are_zero_at_every_step_of_retraining(experiment, images)
         for name, weight in pruning.prunable(network).items():
             weight[~masks[name]] = 0
 
+    change = pruning.change(network, masks) / 0.875**0.5
     zero()
     cpu = torch.device("cpu")
     batches = data.TrainBatches(data.load(str(images), folder, 16), 16, 0, cpu)
     dtype = utils.choose_dtype("auto", cpu)
-    engine.fit(network, batches, stage="87.5percent_single", epochs=2, lr=0.1, dtype=dtype, after_step=zero)
+    teacher = models.build("resnet20", 2).to(memory_format=torch.channels_last).eval()
+    teacher.load_state_dict(net(folder / "ckpt.pth"))
+    recipe = {"lr": 0.1 * max(change, 2 / 2), "schedule": engine.linear, "nesterov": True, "teacher": teacher}
+    engine.fit(network, batches, stage="87.5percent_single", epochs=2, dtype=dtype, after_step=zero, **recipe)
     for name, value in net(folder / "87.5percent_single_ckpt.pth").items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
 
@@ -128,6 +133,82 @@ def test_the_same_command_gives_the_same_dense_network_and_another_seed_does_not
     assert (tmp_path / "0" / "ckpt.pth").read_bytes() == (folder / "ckpt.pth").read_bytes()
     succeed("main.py", *SMALL, "--dataset", images, "--checkpoint-dir", tmp_path / "1", "--seed", "1")
     assert not torch.equal(net(tmp_path / "1" / "ckpt.pth")["conv1.weight"], net(folder / "ckpt.pth")["conv1.weight"])
+
+
+def test_the_rate_of_retraining_is_by_what_pruning_took_away(experiment, images, tmp_path):
+    """Of one of ten epochs: at least a tenth of --lr, and 0.1 of it for the control, from which nothing is taken."""
+    shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
+    dense = torch.load(tmp_path / "ckpt.pth", weights_only=True)
+    dense["settings"]["epochs"] = 10
+    store.save(tmp_path / "ckpt.pth", dense)
+    line = (*SMALL, "-shot", "single", "--retrain-epochs", "1", "--dataset", images, "--checkpoint-dir", tmp_path)
+    succeed("main.py", *line, "-pr", "0", "0.875")
+    network = models.build("resnet20", 2)
+    network.load_state_dict(dense["net"])
+    change = pruning.change(network, pruning.choose(network, round(0.875 * WEIGHTS)))
+    assert 0.1 < change / 0.875**0.5 < 1
+    for name, share in ("0percent", 0.1), ("87.5percent", change / 0.875**0.5):
+        checkpoint = torch.load(tmp_path / f"{name}_single_ckpt.pth", weights_only=True)
+        assert checkpoint["history"][-1]["peak_lr"] == pytest.approx(0.1 * share)
+
+
+def test_plain_retraining_has_a_file_of_its_own_and_the_rate_of_dense_training(experiment, images, tmp_path):
+    shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
+    line = (*SMALL, *SMALL_PRUNING, "-shot", "single", "--dataset", images, "--checkpoint-dir", tmp_path)
+    succeed("main.py", *line, "-pr", "0.5", "--retrain", "plain")
+    checkpoint = torch.load(tmp_path / "50percent_single_plain_ckpt.pth", weights_only=True)
+    assert [entry["lr"] for entry in checkpoint["history"]] == pytest.approx([0.05, 0])
+    assert checkpoint["settings"]["retrain"] == "plain"
+
+
+def test_accuracy_before_retraining_is_that_of_the_pruned_dense_network(experiment, images):
+    folder, _ = experiment
+    network = models.build("resnet20", 2)
+    network.load_state_dict(net(folder / "ckpt.pth"))
+    pruning.apply(network, pruning.choose(network, round(0.875 * WEIGHTS)))
+    batches = data.TestBatches(data.load(str(images), folder, 16), torch.device("cpu"))
+    checkpoint = torch.load(folder / "87.5percent_single_ckpt.pth", weights_only=True)
+    assert checkpoint["pruned_acc"] == engine.evaluate(network, batches).accuracy
+
+
+def test_choices_are_made_on_images_that_are_held_out(images, tmp_path):
+    """main.py measures on them, test.py too without being told, and neither mixes them with the test images."""
+    line = (*SMALL, "--dataset", images, "--checkpoint-dir", tmp_path)
+    succeed("main.py", *line, "--val-fraction", "0.25")
+    checkpoint = store.load_checkpoint(tmp_path / "ckpt.pth")
+    held_out = data.load(str(images), tmp_path, 16, 0.25)
+    score = engine.evaluate(store.network_of(checkpoint), data.TestBatches(held_out, torch.device("cpu")))
+    assert (checkpoint["acc"], score.images) == (score.accuracy, 20)
+    report = ("--checkpoint-dir", tmp_path, "--dataset", images, "--device", "cpu")
+    succeed("test.py", *report)
+    done = command("main.py", *line, "--force")
+    assert done.returncode == 2 and "is of another experiment (val_fraction 0.25 there, 0.0 asked)" in done.stderr
+
+
+def test_over_several_directories_there_are_mean_and_deviation(experiment, images, tmp_path):
+    folders = [copy(experiment[0], tmp_path / name) for name in "ab"]
+    liar = torch.load(folders[1] / "50percent_iter_ckpt.pth", weights_only=True)
+    liar["net"]["linear.bias"] += torch.tensor([1e3, 0])  # answers always the same, and says otherwise
+    store.save(folders[1] / "50percent_iter_ckpt.pth", liar)
+    del liar["settings"]["retrain"]  # as in a file from before there was a choice
+    store.save(folders[1] / "50percent_iter_plain_ckpt.pth", liar)
+    done = command("test.py", "--checkpoint-dir", *folders, folders[0], "--dataset", images, "--device", "cpu")
+    assert "over 2 directories" in done.stdout, "one given twice counts once"
+    rows = []
+    for folder in folders:
+        with open(folder / "results.csv") as file:
+            rows.append({row["file"]: row for row in csv.DictReader(file)})
+    with open(folders[0] / "seeds.csv") as file:
+        seeds = {row["model"]: row for row in csv.DictReader(file)}
+    plain = rows[1]["50percent_iter_plain_ckpt.pth"]
+    assert (plain["mode"], plain["retrain"], plain["sparsity_asked"]) == ("iter", "plain", "50.0")
+    assert seeds.pop("50percent_iter_plain_ckpt.pth")["runs"] == "1"
+    for name, row in seeds.items():
+        for head, field in ("acc. after %", "accuracy"), ("drop pts", "drop"):
+            values = [float(table[name][field]) for table in rows if table[name][field]]
+            if values:
+                assert float(row[head]) == pytest.approx(statistics.mean(values))
+                assert float(row[f"{head} std"]) == pytest.approx(statistics.stdev(values))
 
 
 def test_what_is_there_is_skipped_and_force_makes_it_again(experiment, images, tmp_path):

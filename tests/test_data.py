@@ -103,6 +103,21 @@ def test_grey_images_of_16_bits_keep_their_range(tmp_path):
     assert set(data._read([str(tmp_path / "a.png")], 16)[0].flatten().tolist()) == {128}
 
 
+def test_held_out_images_are_training_images_that_are_not_trained_on():
+    whole, part = (data.load("digits", Path("unused"), 16, fraction) for fraction in (0.0, 0.25))
+    assert (len(part.train.labels), len(part.test.labels)) == (1437 - 359, 359)
+
+    def pictures(*splits: data.Split) -> Counter:
+        return Counter(image.numpy().tobytes() for split in splits for image in split.images)
+
+    assert pictures(part.train, part.test) == pictures(whole.train)
+    assert not pictures(part.test) & pictures(whole.test)
+    again = data.load("digits", Path("unused"), 16, 0.25)
+    assert torch.equal(again.test.labels, part.test.labels)
+    with pytest.raises(utils.Failure, match="--val-fraction"):
+        data.load("digits", Path("unused"), 16, 1e-5)
+
+
 def test_a_folder_is_known_by_its_files_wherever_it_is(tmp_path):
     one = data.load(str(write_images(tmp_path / "1" / "x")), Path("unused"), 16)
     changed = write_images(tmp_path / "2" / "x") / "train" / "dark" / "1.png"

@@ -65,6 +65,34 @@ def test_the_loss_falls_and_the_learning_rate_goes_to_zero():
     assert history[-1]["lr"] == 0
 
 
+def test_the_linear_schedule_warms_up_and_ends_at_zero():
+    history = fit(fresh(), epochs=10, schedule=engine.linear)
+    rates = [entry["lr"] / 0.05 for entry in history]
+    assert rates == pytest.approx([1, *(n / 9 for n in range(8, -1, -1))])
+    assert engine.linear(0.05, 0) == pytest.approx(0.005)  # not 0, which would make the first step none
+
+
+def test_a_teacher_is_asked_and_left_alone():
+    """One step, against one written without the engine, with the loss as Hinton et al. write it."""
+    teacher, ours, plain = fresh(), fresh(), fresh()
+    fit(teacher, epochs=4)
+    before = store.plain_state(teacher.eval())
+    batches = data.TrainBatches(dataset(train=16), 16, 0, CPU)
+    engine.fit(ours, batches, stage="test", epochs=1, lr=0.05, teacher=teacher, nesterov=True)
+    assert all(torch.equal(value, before[name]) for name, value in store.plain_state(teacher).items())
+    assert not teacher.training
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    [(inputs, labels)] = batches.epoch("test", 0)
+    logits = plain(inputs)
+    with torch.no_grad():
+        soft = (teacher(inputs) / 4).softmax(1)
+    divergence = (soft * (soft.log() - (logits / 4).log_softmax(1))).sum(1).mean()
+    (0.9 * 16 * divergence + 0.1 * F.cross_entropy(logits, labels)).backward()
+    optimizer.step()
+    for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_training_is_plain_sgd_on_the_batches():
     """Against a loop written without the engine: same losses and weights."""
     ours, plain = fresh(), fresh()

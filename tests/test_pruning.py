@@ -44,6 +44,16 @@ def test_one_threshold_over_all_layers_and_an_exact_count(ties, zeros, sparsity)
     assert torch.equal(magnitude[~kept].sort().values, magnitude.sort().values[:count])
 
 
+def test_change_is_the_share_of_the_norm_that_pruning_takes():
+    net = network()
+    masks = pruning.choose(net, 200)
+    weights, kept = flat(pruning.prunable(net)), flat(masks)
+    expected = float(weights[~kept].norm() / weights.norm())
+    assert pruning.change(net, masks) == pytest.approx(expected, rel=1e-5)
+    pruning.apply(net, masks)
+    assert pruning.change(net, masks) == 0
+
+
 def test_resnet18_counts_are_those_of_the_literature():
     with torch.device("meta"):
         net = models.build("resnet18", 10)

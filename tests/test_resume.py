@@ -19,7 +19,7 @@ def setting(tmp_path_factory):
     """A command of many short epochs, and the files that it leaves when nothing stops it."""
     folder = tmp_path_factory.mktemp("resume")
     images = write_images(folder / "images", train=60)
-    line = ["main.py", *SMALL, *SMALL_PRUNING, "--epochs", "10", "--retrain-epochs", "5", "--final-epochs", "5"]
+    line = ["main.py", *SMALL, *SMALL_PRUNING, "--epochs", "6", "--retrain-epochs", "3", "--final-epochs", "3"]
     line += ["-pr", "0.5", "0.8", "-shot", "single", "iter", "--dataset", images]
     done = command(*line, "--checkpoint-dir", folder / "whole")
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     line, whole = setting
     (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
     (tmp_path / "resume").mkdir()
-    state = {"settings": {"mode": "iter", "sparsity": 0.7, "seed": 0}, "state": {}}
+    state = {"settings": {"mode": "iter", "retrain": "distilled", "sparsity": 0.7, "seed": 0}, "state": {}}
     store.save(tmp_path / "resume" / "70percent_iter_final.pt", state)
     for change, message in (
         ((), "sparsity 0.7 there, 0.5 0.8 asked"),
