@@ -79,16 +79,18 @@ def fit(
     teacher: nn.Module | None = None,
     dtype: torch.dtype = torch.float32,
     after_step: Callable[[], None] = lambda: None,
+    after_epoch: Callable[[int], object] = id,
     state: dict | None = None,
     keep: Callable[[dict], object] = id,
 ) -> list[dict]:
     """Train `network` in place: SGD with momentum 0.9 and weight decay 5e-4, the learning rate by `schedule` from `lr`
     and the share of the steps that is over. The loss is cross entropy, with a `teacher` what `distillation` says.
 
-    `batches` has a length and `epoch(stage, epoch, first)`, as data.TrainBatches. `after_step` is called after
-    each step of the optimizer; see `Step` for what it may do. `keep` is given the state at the end, before that
-    after an epoch that ends `KEEP_SECONDS` or more after the last one, and on a signal after the step in hand; with
-    such a `state`, training goes on from there to the same bits.
+    `batches` has a length and `epoch(stage, epoch, first)`, as data.TrainBatches. `after_step` is called after each
+    step of the optimizer; see `Step` for what it may do. `after_epoch` is called with the number of each epoch, from 1,
+    when it ends. `keep` is given the state at the end, before that after an epoch that ends `KEEP_SECONDS` or more
+    after the last one, and on a signal after the step in hand; with such a `state`, training goes on from there to the
+    same bits.
 
     Returns one entry an epoch: stage, epoch (from 1), lr at its end, mean loss and accuracy (percent) over
     the augmented training images. Raises Failure when the loss is not finite, Interrupted on a signal.
@@ -139,6 +141,7 @@ def fit(
             history.append({"stage": stage, "epoch": epoch + 1, "lr": schedule(lr, done / steps), **found})
             sums.zero_()
             first = 0
+            after_epoch(epoch + 1)
             # On a GPU a state takes longer to write than a tenth of an epoch to train.
             if epoch + 1 == epochs or time.monotonic() - kept >= KEEP_SECONDS:
                 keep_state(epoch + 1, 0)

@@ -80,6 +80,13 @@ def parse_args() -> argparse.Namespace:
         help="adaptive: from a learning rate by what pruning took away straight down to 0 (Zimmer et al. 2023); "
         "distilled: the same, with the dense network as teacher (Hinton et al. 2015); plain: as dense training",
     )
+    pruned.add_argument(
+        "--rewind",
+        type=utils.positive_int,
+        metavar="EPOCH",
+        help="iter: after each pruning put the weights that are left back to what they were after this epoch of the "
+        "dense training, which has to be given it too (lottery tickets, Frankle et al. 2020)",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--arch", choices=models.ARCHITECTURES, default="resnet18", help="network")
     training.add_argument(
@@ -106,7 +113,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.pr) != bool(args.shot):
         parser.error("-pr and -shot go together: what sparsity, and how to get there")
-    for flag, values in ("-pr", [result_name(s, "", "", "") for s in args.pr]), ("-shot", args.shot):
+    if args.rewind and "single" in args.shot:
+        parser.error("argument --rewind: -shot single does not go back")
+    if args.rewind and args.rewind >= args.epochs:
+        parser.error(f"argument --rewind: {args.rewind} is not before the last of {args.epochs} epochs")
+    for flag, values in ("-pr", [result_name(s, "", "", "", None) for s in args.pr]), ("-shot", args.shot):
         if len(set(values)) < len(values):
             parser.error(f"argument {flag}: the same value twice")
     return args
@@ -145,7 +156,12 @@ def train_dense(lab: "Lab") -> dict:
         return lab.load_dense()
     torch.manual_seed(utils.derive_seed(lab.args.seed, "initial weights"))
     network = lab.place(models.build(lab.args.arch, len(lab.images.classes)))
-    history = lab.train(network, "dense", lab.args.epochs, settings)
+
+    def keep_early(epoch: int) -> None:
+        if epoch == lab.args.rewind:
+            store.save(lab.early_path, {"net": store.plain_state(network), "settings": settings})
+
+    history = lab.train(network, "dense", lab.args.epochs, settings, after_epoch=keep_early)
     lab.finish(DENSE, network, settings, history)
     lab.directory.forget("dense")
     return lab.load_dense()
@@ -172,6 +188,7 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     `targets`. The steps that targets have in common are the trunk, made once; each target branches off."""
     args = lab.args
     steps = lab.pruned_settings(dense, "iter") | {"step": args.step, "step_epochs": args.step_epochs}
+    early = lab.early_weights(dense) if args.rewind else None
     trunk = lab.directory.kept("iter_trunk", steps)
     for sparsity in targets:
         result = lab.result_name(sparsity, "iter")
@@ -189,6 +206,8 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
             stage = f"iter_step{step}"
             masks = pruning.choose(network, zeros, masks, args.allocation)
             recipe = lab.recipe(network, masks, args.step_epochs, dense)
+            if early:
+                network.load_state_dict(early)
             history = history + lab.train(network, stage, args.step_epochs, steps, masks, recipe)
             trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
             lab.directory.keep("iter_trunk", steps, trunk)
@@ -196,6 +215,8 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
         masks = pruning.choose(network, last, masks, args.allocation)
         recipe = lab.recipe(network, masks, args.step_epochs, dense)
         before = lab.accuracy_after_pruning(network, masks)
+        if early:
+            network.load_state_dict(early)
         for stage, epochs in zip(stages, (args.step_epochs, args.final_epochs)):
             history = history + lab.train(network, stage, epochs, settings, masks, recipe)
             recipe = lab.recipe(network, masks, args.final_epochs, dense)
@@ -204,9 +225,10 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     lab.directory.forget("iter_trunk")
 
 
-def result_name(sparsity: float, mode: str, allocation: str, retrain: str) -> str:
+def result_name(sparsity: float, mode: str, allocation: str, retrain: str, rewind: int | None) -> str:
     """The file of a pruned network: 90percent_iter_ckpt.pth; what is not the default is part of it, as _erk_plain."""
     choices = [choice for choice in (allocation, retrain) if choice not in ("global", RECIPES[0])]
+    choices += [f"rewind{rewind}"] if rewind else []
     return "_".join([f"{100 * sparsity:g}percent", mode, *choices, "ckpt.pth"])
 
 
@@ -276,6 +298,7 @@ class Lab:
             mode = saved.get("mode")
             if mode:
                 asked |= {"allocation": self.args.allocation, "retrain": self.args.retrain}
+                asked["rewind"] = self.args.rewind or 0
             if mode and mode not in self.args.shot:
                 asked["mode"] = " ".join(self.args.shot) or "dense"
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
@@ -306,12 +329,28 @@ class Lab:
             dense["acc"] = engine.evaluate(self.place(store.network_of(dense)), self.test_batches).accuracy
         return dense | {"digest": store.digest(dense["net"])}
 
+    @property
+    def early_path(self) -> Path:
+        """Where the weights are that --rewind goes back to."""
+        return self.directory.path / f"ckpt_epoch{self.args.rewind}.pt"
+
+    def early_weights(self, dense: dict) -> dict:
+        """The weights that --rewind goes back to; Failure without those of the training of `dense`."""
+        again = f"main.py --rewind {self.args.rewind} --force trains the dense network again, and keeps them"
+        if not self.early_path.exists():
+            raise utils.Failure(f"{self.early_path} is missing: {again}")
+        early = store.load(self.early_path)
+        good = isinstance(early, dict) and isinstance(early.get("net"), dict)
+        if not good or early.get("settings") != dense.get("settings") or early["net"].keys() != dense["net"].keys():
+            raise utils.Failure(f"{self.early_path} is not of the training of {DENSE}: {again}")
+        return early["net"]
+
     def pruned_settings(self, dense: dict, mode: str) -> dict:
-        choices = {"allocation": self.args.allocation, "retrain": self.args.retrain}
+        choices = {"allocation": self.args.allocation, "retrain": self.args.retrain, "rewind": self.args.rewind or 0}
         return self.settings | choices | {"mode": mode, "parent": dense["digest"]}
 
     def result_name(self, sparsity: float, mode: str) -> str:
-        return result_name(sparsity, mode, self.args.allocation, self.args.retrain)
+        return result_name(sparsity, mode, self.args.allocation, self.args.retrain, self.args.rewind)
 
     def place(self, network: nn.Module) -> nn.Module:
         """The network on the device, in the layout that convolutions are fastest in."""
@@ -331,7 +370,8 @@ class Lab:
         share = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(left, 1)
         change = pruning.change(network, masks) / share**0.5 if share > 0 else 0.0
         least = min(1.0, epochs / dense.get("settings", {}).get("epochs", self.args.epochs))
-        lr = self.args.lr * min(max(change, least), 1.0)
+        # Weights that are put back have all to learn, whatever pruning took.
+        lr = self.args.lr * (1.0 if self.args.rewind else min(max(change, least), 1.0))
         recipe = {"lr": lr, "schedule": engine.linear, "nesterov": True}
         if self.args.retrain == "distilled":
             recipe["teacher"] = self.place(store.network_of(dense)).eval()
@@ -350,6 +390,7 @@ class Lab:
         settings: dict,
         masks: pruning.Masks | None = None,
         recipe: dict | None = None,
+        **more,
     ) -> list[dict]:
         """Train in place, from where an interrupted run stopped; with `masks`, pruned weights are zero and stay it."""
         begin = time.monotonic()
@@ -363,6 +404,7 @@ class Lab:
             stage=stage,
             epochs=epochs,
             **recipe,
+            **more,
             dtype=self.dtype,
             state=self.directory.kept(stage, settings),
             keep=lambda state: self.directory.keep(stage, settings, state),

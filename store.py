@@ -141,6 +141,7 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
             "mode": str,
             "allocation": str,
             "retrain": str,
+            "rewind": int,
             "seed": int,
             "val_fraction": float,
             "sparsity": (int, float),

@@ -37,7 +37,7 @@ import utils
 DENSE = "ckpt.pth"
 PRUNED_NAME = re.compile(
     r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)(_(?P<allocation>uniform|erk|lamp))?"
-    r"(_(?P<retrain>adaptive|plain))?_ckpt"
+    r"(_(?P<retrain>adaptive|plain))?(_rewind\d+)?_ckpt"
     r"(\.pth|(\.bf16|\.fp16)?\.packed)"
 )
 MODES = {"single": "one-shot", "iter": "iterative"}
@@ -195,6 +195,7 @@ class Row:
     mode: str
     allocation: str
     retrain: str
+    rewind: int
     seed: int | None
     values: str
     sparsity_asked: float | None
@@ -241,6 +242,7 @@ class Row:
             mode=settings.get("mode", name["mode"] if name else "dense"),
             allocation=settings.get("allocation", (name and name["allocation"]) or "global"),
             retrain=settings.get("retrain", (name and name["retrain"]) or ("plain" if name else "")),
+            rewind=settings.get("rewind", 0),
             seed=settings.get("seed"),
             values=checkpoint.get("values", "fp32"),
             sparsity_asked=asked,

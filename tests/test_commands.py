@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 import statistics
+from copy import deepcopy as copy_module
 
 import pytest
 import torch
@@ -159,6 +160,33 @@ def test_plain_retraining_has_a_file_of_its_own_and_the_rate_of_dense_training(e
     checkpoint = torch.load(tmp_path / "50percent_single_plain_ckpt.pth", weights_only=True)
     assert [entry["lr"] for entry in checkpoint["history"]] == pytest.approx([0.05, 0])
     assert checkpoint["settings"]["retrain"] == "plain"
+
+
+def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, tmp_path):
+    """The last step of a run, by hand: the early weights under the mask, trained. Without them nothing starts."""
+    shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
+    line = (*SMALL, *SMALL_PRUNING, "--rewind", "1", "--dataset", images, "--checkpoint-dir", tmp_path)
+    prune = (*line, "-pr", "0.3", "-shot", "iter")
+    done = command("main.py", *prune)
+    assert done.returncode == 2 and "ckpt_epoch1.pt is missing: main.py --rewind 1 --force" in done.stderr
+    succeed("main.py", *line, "--force")
+    assert (tmp_path / "ckpt.pth").read_bytes() == (experiment[0] / "ckpt.pth").read_bytes()
+    succeed("main.py", *prune)
+    found = torch.load(tmp_path / "30percent_iter_rewind1_ckpt.pth", weights_only=True)
+    network = models.build("resnet20", 2)
+    network.load_state_dict(net(tmp_path / "ckpt.pth"))
+    teacher = copy_module(network).to(memory_format=torch.channels_last).eval()
+    masks = pruning.choose(network, round(0.3 * WEIGHTS))  # one step of at most 0.4
+    network.load_state_dict(torch.load(tmp_path / "ckpt_epoch1.pt", weights_only=True)["net"])
+    network.to(memory_format=torch.channels_last)
+    pruning.apply(network, masks)
+    batches = data.TrainBatches(data.load(str(images), tmp_path, 16), 16, 0, torch.device("cpu"))
+    more = {"dtype": utils.choose_dtype("auto", torch.device("cpu")), "after_step": pruning.keeper(network, masks)}
+    for stage in "last_step", "final":
+        more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True, "teacher": teacher}
+        engine.fit(network, batches, stage=f"30percent_iter_{stage}", epochs=1, **more)
+    for name, value in found["net"].items():
+        torch.testing.assert_close(network.state_dict()[name], value, msg=name)
 
 
 def test_accuracy_before_retraining_is_that_of_the_pruned_dense_network(experiment, images):
