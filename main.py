@@ -27,7 +27,7 @@ import store
 import utils
 
 DENSE = "ckpt.pth"
-RECIPES = ("distilled", "adaptive", "plain")  # of retraining; the first is the default, and not part of names
+RECIPES = ("adaptive", "distilled", "plain")  # of retraining; the first is the default, and not part of names
 
 
 def parse_args() -> argparse.Namespace:

@@ -37,7 +37,7 @@ import utils
 DENSE = "ckpt.pth"
 PRUNED_NAME = re.compile(
     r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)(_(?P<allocation>uniform|erk|lamp))?"
-    r"(_(?P<retrain>adaptive|plain))?(_rewind\d+)?_ckpt"
+    r"(_(?P<retrain>distilled|plain))?(_rewind\d+)?_ckpt"
     r"(\.pth|(\.bf16|\.fp16)?\.packed)"
 )
 MODES = {"single": "one-shot", "iter": "iterative"}

@@ -4,7 +4,6 @@ import csv
 import re
 import shutil
 import statistics
-from copy import deepcopy as copy_module
 
 import pytest
 import torch
@@ -107,9 +106,7 @@ def test_pruned_weights_are_zero_at_every_step_of_retraining(experiment, images)
     cpu = torch.device("cpu")
     batches = data.TrainBatches(data.load(str(images), folder, 16), 16, 0, cpu)
     dtype = utils.choose_dtype("auto", cpu)
-    teacher = models.build("resnet20", 2).to(memory_format=torch.channels_last).eval()
-    teacher.load_state_dict(net(folder / "ckpt.pth"))
-    recipe = {"lr": 0.1 * max(change, 2 / 2), "schedule": engine.linear, "nesterov": True, "teacher": teacher}
+    recipe = {"lr": 0.1 * max(change, 2 / 2), "schedule": engine.linear, "nesterov": True}
     engine.fit(network, batches, stage="87.5percent_single", epochs=2, dtype=dtype, after_step=zero, **recipe)
     for name, value in net(folder / "87.5percent_single_ckpt.pth").items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
@@ -153,13 +150,26 @@ def test_the_rate_of_retraining_is_by_what_pruning_took_away(experiment, images,
         assert checkpoint["history"][-1]["peak_lr"] == pytest.approx(0.1 * share)
 
 
-def test_plain_retraining_has_a_file_of_its_own_and_the_rate_of_dense_training(experiment, images, tmp_path):
+def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_path):
+    """plain has the rate of dense training; distilled is another training by hand, with the dense network's answers."""
     shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
-    line = (*SMALL, *SMALL_PRUNING, "-shot", "single", "--dataset", images, "--checkpoint-dir", tmp_path)
-    succeed("main.py", *line, "-pr", "0.5", "--retrain", "plain")
-    checkpoint = torch.load(tmp_path / "50percent_single_plain_ckpt.pth", weights_only=True)
-    assert [entry["lr"] for entry in checkpoint["history"]] == pytest.approx([0.05, 0])
-    assert checkpoint["settings"]["retrain"] == "plain"
+    line = (*SMALL, *SMALL_PRUNING, "-pr", "0.5", "-shot", "single", "--dataset", images, "--checkpoint-dir", tmp_path)
+    succeed("main.py", *line, "--retrain", "plain")
+    plain = torch.load(tmp_path / "50percent_single_plain_ckpt.pth", weights_only=True)
+    assert [entry["lr"] for entry in plain["history"]] == pytest.approx([0.05, 0])
+    succeed("main.py", *line, "--retrain", "distilled")
+    found = net(tmp_path / "50percent_single_distilled_ckpt.pth")
+    network, teacher = (models.build("resnet20", 2).to(memory_format=torch.channels_last) for _ in range(2))
+    for each in network, teacher.eval():
+        each.load_state_dict(net(tmp_path / "ckpt.pth"))
+    masks = pruning.choose(network, round(0.5 * WEIGHTS))
+    pruning.apply(network, masks)
+    batches = data.TrainBatches(data.load(str(images), tmp_path, 16), 16, 0, torch.device("cpu"))
+    more = {"dtype": utils.choose_dtype("auto", torch.device("cpu")), "after_step": pruning.keeper(network, masks)}
+    more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True, "teacher": teacher}
+    engine.fit(network, batches, stage="50percent_single", epochs=2, **more)
+    for name, value in found.items():
+        torch.testing.assert_close(network.state_dict()[name], value, msg=name)
 
 
 def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, tmp_path):
@@ -175,7 +185,6 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     found = torch.load(tmp_path / "30percent_iter_rewind1_ckpt.pth", weights_only=True)
     network = models.build("resnet20", 2)
     network.load_state_dict(net(tmp_path / "ckpt.pth"))
-    teacher = copy_module(network).to(memory_format=torch.channels_last).eval()
     masks = pruning.choose(network, round(0.3 * WEIGHTS))  # one step of at most 0.4
     network.load_state_dict(torch.load(tmp_path / "ckpt_epoch1.pt", weights_only=True)["net"])
     network.to(memory_format=torch.channels_last)
@@ -183,7 +192,7 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     batches = data.TrainBatches(data.load(str(images), tmp_path, 16), 16, 0, torch.device("cpu"))
     more = {"dtype": utils.choose_dtype("auto", torch.device("cpu")), "after_step": pruning.keeper(network, masks)}
     for stage in "last_step", "final":
-        more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True, "teacher": teacher}
+        more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True}
         engine.fit(network, batches, stage=f"30percent_iter_{stage}", epochs=1, **more)
     for name, value in found["net"].items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
