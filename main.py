@@ -27,6 +27,7 @@ import store
 import utils
 
 DENSE = "ckpt.pth"
+EARLY = "ckpt_epoch{}.pt"  # weights of the dense training after that epoch
 RECIPES = ("adaptive", "distilled", "plain")  # of retraining; the first is the default, and not part of names
 
 
@@ -96,7 +97,7 @@ def parse_args() -> argparse.Namespace:
         "--lr",
         type=utils.positive_float,
         default=0.1,
-        help="learning rate at the start of each training; a cosine takes it to 0",
+        help="learning rate at the start of dense training, a cosine takes it to 0; retraining has at most that",
     )
     training.add_argument("--batch-size", type=utils.positive_int, default=128, metavar="N", help="images a step")
     training.add_argument(
@@ -154,6 +155,12 @@ def train_dense(lab: "Lab") -> dict:
         print(f"{path} is missing: training the dense network first")
     elif lab.skip(DENSE, settings):
         return lab.load_dense()
+    state = lab.directory.kept("dense", settings) if lab.args.rewind else None
+    if state and state["epoch"] >= lab.args.rewind and not lab.early_path.exists():
+        raise utils.Failure(
+            f"argument --rewind: the interrupted training is past epoch {lab.args.rewind} and did not keep its "
+            "weights: --force without -r starts again"
+        )
     torch.manual_seed(utils.derive_seed(lab.args.seed, "initial weights"))
     network = lab.place(models.build(lab.args.arch, len(lab.images.classes)))
 
@@ -190,6 +197,8 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     steps = lab.pruned_settings(dense, "iter") | {"step": args.step, "step_epochs": args.step_epochs}
     early = lab.early_weights(dense) if args.rewind else None
     trunk = lab.directory.kept("iter_trunk", steps)
+    if trunk:  # what a kill between writing it and this left
+        lab.directory.forget(*(f"iter_step{step}" for step in range(1, trunk["step"] + 1)))
     for sparsity in targets:
         result = lab.result_name(sparsity, "iter")
         settings = steps | {"sparsity": sparsity, "final_epochs": args.final_epochs}
@@ -263,6 +272,12 @@ class Lab:
         asked = [self.result_name(sparsity, mode) for mode in args.shot for sparsity in args.pr] or [DENSE]
         for name in {DENSE, *asked}:
             self.check_same_experiment(args.checkpoint_dir / name, replaced=args.force and name in asked)
+        if args.pr and args.rewind and (args.checkpoint_dir / DENSE).exists():
+            early = args.checkpoint_dir / EARLY.format(args.rewind)
+            if not early.exists():
+                raise utils.Failure(
+                    f"{early} is missing: main.py --rewind {args.rewind} --force, without -pr, makes it"
+                )
         # At most the trunk and one stage with momentum, and the next version of each beside it.
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
         self.directory = store.Directory(args.checkpoint_dir, asked, args.resume, args.force, 7 * network_bytes)
@@ -285,8 +300,8 @@ class Lab:
             raise
         mine = {name: self.settings[name] for name in ("arch", "dataset", "image_size", "val_fraction")}
         mine["classes"] = len(self.images.classes)
-        settings = checkpoint.get("settings")
-        theirs = mine | ({"val_fraction": 0.0} | settings if settings else {})
+        # A file that does not say otherwise was trained on all images, those that are held out, too.
+        theirs = mine | {"val_fraction": 0.0} | checkpoint.get("settings", {})
         theirs |= {"arch": checkpoint["arch"], "classes": len(checkpoint["net"]["linear.weight"])}
         if other := utils.difference(theirs, mine):
             raise utils.Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
@@ -332,22 +347,29 @@ class Lab:
     @property
     def early_path(self) -> Path:
         """Where the weights are that --rewind goes back to."""
-        return self.directory.path / f"ckpt_epoch{self.args.rewind}.pt"
+        return self.directory.path / EARLY.format(self.args.rewind)
 
     def early_weights(self, dense: dict) -> dict:
         """The weights that --rewind goes back to; Failure without those of the training of `dense`."""
-        again = f"main.py --rewind {self.args.rewind} --force trains the dense network again, and keeps them"
-        if not self.early_path.exists():
-            raise utils.Failure(f"{self.early_path} is missing: {again}")
+        again = (
+            f"main.py --rewind {self.args.rewind} --force, without -pr, trains the dense network again and keeps them"
+        )
         early = store.load(self.early_path)
         good = isinstance(early, dict) and isinstance(early.get("net"), dict)
-        if not good or early.get("settings") != dense.get("settings") or early["net"].keys() != dense["net"].keys():
+        good = good and early.get("settings") == dense.get("settings") and early["net"].keys() == dense["net"].keys()
+        good = good and all(
+            isinstance(value, torch.Tensor) and value.shape == dense["net"][name].shape and value.isfinite().all()
+            for name, value in early["net"].items()
+        )
+        if not good:
             raise utils.Failure(f"{self.early_path} is not of the training of {DENSE}: {again}")
         return early["net"]
 
     def pruned_settings(self, dense: dict, mode: str) -> dict:
         choices = {"allocation": self.args.allocation, "retrain": self.args.retrain, "rewind": self.args.rewind or 0}
-        return self.settings | choices | {"mode": mode, "parent": dense["digest"]}
+        # What does not say how long it was trained is taken to have had --epochs: see `recipe`.
+        guessed = {} if "epochs" in dense.get("settings", {}) else {"epochs": self.args.epochs}
+        return self.settings | choices | guessed | {"mode": mode, "parent": dense["digest"]}
 
     def result_name(self, sparsity: float, mode: str) -> str:
         return result_name(sparsity, mode, self.args.allocation, self.args.retrain, self.args.rewind)

@@ -142,6 +142,7 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
             "allocation": str,
             "retrain": str,
             "rewind": int,
+            "epochs": int,
             "seed": int,
             "val_fraction": float,
             "sparsity": (int, float),
@@ -150,7 +151,8 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
         good = isinstance(settings, dict) and ("acc" in facts or "values" in checkpoint) and "zeros" in facts
         good = good and {"arch", "dataset", "image_size"} <= set(settings)
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
-        if not (good and 0 <= settings.get("sparsity", 0) < 1):
+        good = good and all(0 <= settings.get(name, 0) < 1 for name in ("sparsity", "val_fraction"))
+        if not (good and settings.get("epochs", 1) > 0):
             raise Failure(f"{path} is not a checkpoint: its settings are not what main.py writes")
     return facts
 

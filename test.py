@@ -16,6 +16,7 @@ if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends
 import argparse
 import csv
 import io
+import itertools
 import math
 import re
 import statistics
@@ -76,13 +77,12 @@ def main() -> int:
     for directory, (checkpoints, unreadable) in zip(directories, found):
         if len(directories) > 1:
             print(f"{directory}:")
+        wrong = list(unreadable)
         try:
-            rows, wrong = report_directory(directory, checkpoints, images, batches, dtype, args.layers)
+            tables.append(report_directory(directory, checkpoints, images, batches, dtype, args.layers, wrong))
         finally:
-            complain(unreadable)
-        tables.append(rows)
-        problems += unreadable + wrong
-        complain(wrong)
+            complain(wrong)
+        problems += wrong
     if len(directories) > 1:
         report_seeds(tables, directories[0])
     return 1 if problems else 0
@@ -95,9 +95,10 @@ def report_directory(
     batches: data.TestBatches,
     dtype: torch.dtype,
     with_layers: bool,
-) -> tuple[list["Row"], list[str]]:
-    """Measure the checkpoints of a directory, print and write their table; a row for each, and what is wrong."""
-    rows, problems, layers, counts, dense, dense_digest = [], [], {}, {}, None, ""
+    problems: list[str],
+) -> list["Row"]:
+    """Measure the checkpoints of a directory, print and write their table, add to `problems`; a row for each."""
+    rows, layers, counts, dense, dense_digest = [], {}, {}, None, ""
     for path, checkpoint in tqdm(checkpoints.items(), "measuring", leave=False, disable=None):
         try:
             data.check(path, checkpoint, images)
@@ -123,16 +124,17 @@ def report_directory(
         report(rows, directory)
     if rows and with_layers:
         print("\n" + layer_tables(layers, counts))
-    return rows, problems
+    return rows
 
 
 def report_seeds(tables: list[list["Row"]], directory: Path) -> None:
     """Print and write, as seeds.csv, mean and standard deviation over directories of what has the same name in each."""
-    names = dict.fromkeys(row.file for rows in tables for row in rows)
+    names = dict.fromkeys((row.file, row.arch) for rows in tables for row in rows)
     lines = []
-    for name in names:
-        same = [row for rows in tables for row in rows if row.file == name]
-        line = {"model": name, "runs": len(same), "found %": statistics.mean(row.sparsity for row in same)}
+    for name, arch in names:
+        same = [row for rows in tables for row in rows if (row.file, row.arch) == (name, arch)]
+        seeds = " ".join("-" if row.seed is None else str(row.seed) for row in same)
+        line = {"model": name, "arch": arch, "seeds": seeds, "found %": statistics.mean(row.sparsity for row in same)}
         for head, field in (("acc. after %", "accuracy"), ("drop pts", "drop"), ("acc. pruned %", "accuracy_pruned")):
             values = [getattr(row, field) for row in same if getattr(row, field) is not None]
             line[head] = statistics.mean(values) if values else None
@@ -343,15 +345,26 @@ def picture(rows: list[Row]) -> bytes:
             for axes in panels:
                 axes.axhline(row.accuracy, color="0.4", linestyle="--", label=f"dense, {row.accuracy:.2f} %")
     for axes, x in zip(panels, ("sparsity", "multiply_adds")):
-        for mode, marker in ("single", "o"), ("iter", "s"):
-            for allocation, color in COLORS.items():
-                # A packed file is the same network again; a rounded one is another, and has its row in the table.
-                line = [r for r in rows if (r.mode, r.allocation, r.values) == (mode, allocation, "fp32")]
-                points = sorted({(getattr(row, x), row.accuracy) for row in line})
-                if points:
-                    label = MODES[mode] + ("" if allocation == "global" else f", {allocation}")
-                    style = {"single": "-", "iter": ":"}[mode]
-                    axes.plot(*zip(*points), style, marker=marker, color=color, label=label)
+        recipes = sorted({(row.retrain, row.rewind) for row in rows if row.mode in MODES})
+        kinds = itertools.product((("single", "o"), ("iter", "s")), enumerate(recipes), COLORS)
+        for (mode, marker), (shade, (retrain, rewind)), allocation in kinds:
+            # A packed file is the same network again; a rounded one is another, and has its row in the table.
+            wanted = mode, allocation, retrain, rewind, "fp32"
+            line = [r for r in rows if (r.mode, r.allocation, r.retrain, r.rewind, r.values) == wanted]
+            points = sorted({(getattr(row, x), row.accuracy) for row in line})
+            if points:
+                label = MODES[mode] + ("" if allocation == "global" else f", {allocation}")
+                if len(recipes) > 1:
+                    label += f", {retrain}" + (f", rewound to {rewind}" if rewind else "")
+                style = {"single": "-", "iter": ":"}[mode]
+                axes.plot(
+                    *zip(*points),
+                    style,
+                    marker=marker,
+                    color=COLORS[allocation],
+                    alpha=max(0.3, 0.6**shade),
+                    label=label,
+                )
         axes.grid(alpha=0.3)
     panels[0].set(xlabel="zeros among the weights of the pruned layers (%)", ylabel="test accuracy (%)")
     panels[1].set(xlabel="multiply-adds with nonzero weights, of an image (millions)", xscale="log")

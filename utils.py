@@ -153,6 +153,7 @@ def difference(saved: dict, asked: dict) -> str:
     saved = {
         "allocation": "global",
         "retrain": "plain",
+        "rewind": 0,
         "val_fraction": 0.0,
     } | saved  # files that do not say it are older than the choice
     return ", ".join(

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.resnet import ResNet
 from sparse.kernels import lanes_of_this_cpu
 from sparse.layers import convolutions
-from sparse.loops import compiled
+from sparse.loops import WINOGRAD, compiled
 from sparse.plan import Plan, aligned_zeros, make_plan
 from sparse.team import Team, usable_processors
 from sparse.winograd import applies, transformed
@@ -114,9 +114,14 @@ class Engine:
         """All threads compute the same images, each its share of the filters of each layer."""
         counter, team = np.zeros(1, np.int64), self.threads
         # The loops end with a meeting of all threads, so what the others still do is to end.
-        self.team.start(
-            lambda thread: run(*ready.data(thread, team), logits, pixels, thread, team, counter.ctypes.data)
-        )
+        try:
+            self.team.start(
+                lambda thread: run(*ready.data(thread, team), logits, pixels, thread, team, counter.ctypes.data)
+            )
+        except BaseException:  # as of Ctrl-C: the others must not wait for this thread, and may still write
+            counter[0] = 2**62
+            self.ready.clear()
+            raise
 
     def prepare(self, height: int, width: int, grouped: bool) -> Ready:
         """What computing images of a size needs, made once. It has no arenas where groups would need too much."""
@@ -149,7 +154,7 @@ class Engine:
         logits = np.empty((self.lanes, len(self.classifier)), np.float32)
         pixels = np.zeros((self.lanes, 3, size, size), np.float32)
         found = []
-        for index in candidates:
+        for index in [index for index in candidates if plans[1].operations[index + 1, 0] == WINOGRAD]:
             seconds = [np.inf, np.inf]
             for kind in (0, 1) * ROUNDS:
                 operations, *data = ready[kind].data(0, 1)
@@ -165,7 +170,7 @@ class Engine:
     def check(self, network: ResNet, image_size: int) -> None:
         """RuntimeError when the logits of random images differ from PyTorch's by more than rounding explains."""
         images = torch.randn(
-            self.threads * self.lanes + 1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)
+            (self.threads + 1) * self.lanes + 1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)
         )
         training = network.training
         expected = network.eval()(images)

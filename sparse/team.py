@@ -26,14 +26,14 @@ class Team:
     def __init__(self, threads: int):
         self.threads = threads
         self.pool, self.process = None, None
-        self.usable: set[int] = set()
+        # Now: later PyTorch may have bound the calling thread to one processor.
+        self.usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self.thread = threading.local()
 
     def start(self, work: Callable[[int], None]) -> list[Future]:
         """Call `work` with the number of each thread, in that thread; it is done in this one on return."""
         if self.process != os.getpid():  # threads do not come along into a forked process
             self.pool, self.process = ThreadPoolExecutor(self.threads), os.getpid()
-            self.usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         here = processor_here()
         others = [self.pool.submit(self.elsewhere, work, thread, here) for thread in range(1, self.threads)]
         work(0)

@@ -130,6 +130,12 @@ def test_the_faster_way_is_taken(clock, density, dense_seconds, expected):
     assert_same(engine, network, 16, 16)
 
 
+def test_layers_too_small_for_a_tile_are_not_measured(clock):
+    """At 8 x 8 the third stage of resnet20 writes 2 x 2 pixels."""
+    clock(2, 1)
+    assert len(sparse.Engine(pruned("resnet20", 0.5), 8).dense) == 1 + 6 + 5
+
+
 def test_all_weights_are_faster_when_all_are_there():
     """Measured, not set: by a factor of four on the processors seen so far."""
     assert len(sparse.Engine(pruned("resnet18", 1)).dense) >= 8
