@@ -57,7 +57,7 @@ def test_killed_at_random_moments_and_resumed_the_files_are_the_same(setting, tm
         run, before = start(line, tmp_path), progress(tmp_path)
         while run.poll() is None and progress(tmp_path) == before:  # every life gets at least one epoch further
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.4))
+        time.sleep(moments.uniform(0, 0.2))
         run.kill()
         run.communicate()
         if run.returncode == 0:  # finished before it was killed: start over
