@@ -1,5 +1,7 @@
 """An experiment that is killed and resumed ends with the files of one that never stopped."""
 
+import contextlib
+import json
 import os
 import random
 import signal
@@ -50,27 +52,70 @@ def progress(folder) -> int:
     return max((path.stat().st_mtime_ns for path in paths), default=0)
 
 
+# Imports once, then a fork for each line, which is a command: a life costs no two seconds of imports.
+LIVES = """
+import json, os, runpy, sys
+import torch, torchvision.datasets.folder, torch._dynamo, data, engine, models, pruning, store, utils
+engine.KEEP_SECONDS = 0
+for line in sys.stdin:
+    life = os.fork()
+    if life == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = json.loads(line)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    print(life, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(life, 0)[1]), flush=True)
+"""
+
+
 def test_killed_at_random_moments_and_resumed_the_files_are_the_same(setting, tmp_path, pytestconfig):
     line, whole = setting
+    folder, errors = tmp_path / "checkpoint", tmp_path / "errors"
+    arguments = json.dumps([str(part) for part in (*line, "--checkpoint-dir", folder, "-r")]) + "\n"
     moments, kills = random.Random(0), 0
-    while kills < pytestconfig.getoption("kills"):
-        run, before = start(line, tmp_path), progress(tmp_path)
-        while run.poll() is None and progress(tmp_path) == before:  # every life gets at least one epoch further
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.2))
-        run.kill()
-        run.communicate()
-        if run.returncode == 0:  # finished before it was killed: start over
-            assert results(tmp_path) == whole
-            for path in tmp_path.glob("*.pth"):
-                path.unlink()
-        kills += run.returncode == -signal.SIGKILL
-    run = start(line, tmp_path)
-    _, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert results(tmp_path) == whole
-    assert not (tmp_path / "resume").exists()
-    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    with (
+        open(errors, "w") as file,
+        subprocess.Popen(
+            [sys.executable, "-c", LIVES],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=environment,
+        ) as lives,
+    ):
+
+        def live(until_killed: bool) -> int:
+            before = progress(folder)
+            lives.stdin.write(arguments)
+            lives.stdin.flush()
+            life = int(lives.stdout.readline())
+            if until_killed:
+                while (
+                    os.path.exists(f"/proc/{life}") and progress(folder) == before
+                ):  # every life gets an epoch further
+                    time.sleep(0.002)
+                time.sleep(moments.uniform(0, 0.4))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(life, signal.SIGKILL)
+            return int(lives.stdout.readline())
+
+        while kills < pytestconfig.getoption("kills"):
+            code = live(until_killed=True)
+            if code == 0:  # finished before it was killed: start over
+                assert results(folder) == whole
+                for path in folder.glob("*.pth"):
+                    path.unlink()
+            else:
+                assert code == -signal.SIGKILL, errors.read_text()
+                kills += 1
+        assert live(until_killed=False) == 0, errors.read_text()
+        lives.stdin.close()
+    assert results(folder) == whole
+    assert not (folder / "resume").exists()
+    assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
