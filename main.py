@@ -148,7 +148,8 @@ def train_dense(lab: "Lab") -> dict:
     if lab.args.pr and lab.directory.has(DENSE):
         dense = lab.load_dense()
         print(
-            f"pruning starts from {path}, test accuracy {dense['acc']:.2f} %{lab.other_settings(dense, lab.settings)}"
+            f"pruning starts from {path}, {lab.measured} accuracy {dense['acc']:.2f} %"
+            f"{lab.other_settings(dense, lab.settings)}"
         )
         return dense
     if lab.args.pr:
@@ -247,6 +248,7 @@ class Lab:
     def __init__(self, args: argparse.Namespace, images: data.Dataset, device: torch.device):
         self.args, self.images, self.device = args, images, device
         self.dtype = utils.choose_dtype(args.precision, device)
+        self.measured = "validation" if args.val_fraction else "test"
         self.settings = {
             "arch": args.arch,
             "dataset": images.identity,
@@ -452,7 +454,7 @@ class Lab:
         dense: dict | None = None,
         before: float | None = None,
     ) -> None:
-        """Measure a network on the test set, once, and write its checkpoint. `before`: accuracy before retraining."""
+        """Measure a network and write its checkpoint. `before`: accuracy before retraining."""
         score = engine.evaluate(network, self.test_batches)
         net = store.plain_state(network)
         if not all(value.isfinite().all() for value in net.values()):
@@ -475,8 +477,8 @@ class Lab:
         counts = pruning.multiply_adds(network, self.args.image_size).values()
         dense_count, nonzero = (sum(column) / 1e6 for column in zip(*counts))
         print(
-            f"{self.directory.path / result}: test accuracy {score.accuracy:.2f} %, loss {score.loss:.4f}{drop}, "
-            f"{nonzero:,.1f} of {dense_count:,.1f} million multiply-adds"
+            f"{self.directory.path / result}: {self.measured} accuracy {score.accuracy:.2f} %, loss {score.loss:.4f}"
+            f"{drop}, {nonzero:,.1f} of {dense_count:,.1f} million multiply-adds"
         )
 
 

@@ -210,7 +210,8 @@ def test_accuracy_before_retraining_is_that_of_the_pruned_dense_network(experime
 def test_choices_are_made_on_images_that_are_held_out(images, tmp_path):
     """main.py measures on them, test.py too without being told, and neither mixes them with the test images."""
     line = (*SMALL, "--dataset", images, "--checkpoint-dir", tmp_path)
-    succeed("main.py", *line, "--val-fraction", "0.25")
+    printed = succeed("main.py", *line, "--val-fraction", "0.25")
+    assert "ckpt.pth: validation accuracy" in printed
     checkpoint = store.load_checkpoint(tmp_path / "ckpt.pth")
     held_out = data.load(str(images), tmp_path, 16, 0.25)
     score = engine.evaluate(store.network_of(checkpoint), data.TestBatches(held_out, torch.device("cpu")))
