@@ -130,6 +130,9 @@ def main() -> None:
     utils.set_up(device)
     images = data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction)
     lab = Lab(args, images, device)
+    if lab.is_done:
+        print(f"{args.checkpoint_dir}: all results are there; an interrupted run with other settings waits")
+        return
     dense = train_dense(lab)
     if "single" in args.shot:
         for sparsity in args.pr:
@@ -283,7 +286,7 @@ class Lab:
         # At most the trunk and one stage with momentum, and the next version of each beside it.
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
         self.directory = store.Directory(args.checkpoint_dir, asked, args.resume, args.force, 7 * network_bytes)
-        self.check_unfinished()
+        self.is_done = self.check_unfinished(asked)
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
         self.test_batches = data.TestBatches(images, device)
         utils.stop_on_signals()
@@ -308,20 +311,24 @@ class Lab:
         if other := utils.difference(theirs, mine):
             raise utils.Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
 
-    def check_unfinished(self) -> None:
-        """Failure, before any work, when an interrupted stage is not one that this command can go on with."""
+    def check_unfinished(self, asked: list[str]) -> bool:
+        """Failure, before any work, when an interrupted stage is not one that this command can go on with; but True
+        when it has nothing to do, as all results `asked` for are there."""
         for path, saved in self.directory.unfinished():
-            asked = {name: self.settings[name] for name in self.settings if name in saved}
+            mine = {name: self.settings[name] for name in self.settings if name in saved}
             mode = saved.get("mode")
             if mode:
-                asked |= {"allocation": self.args.allocation, "retrain": self.args.retrain}
-                asked["rewind"] = self.args.rewind or 0
+                mine |= {"allocation": self.args.allocation, "retrain": self.args.retrain}
+                mine["rewind"] = self.args.rewind or 0
             if mode and mode not in self.args.shot:
-                asked["mode"] = " ".join(self.args.shot) or "dense"
+                mine["mode"] = " ".join(self.args.shot) or "dense"
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
-                asked["sparsity"] = " ".join(map(str, self.args.pr))
-            if other := utils.difference(saved, asked):
+                mine["sparsity"] = " ".join(map(str, self.args.pr))
+            if other := utils.difference(saved, mine):
+                if all(self.directory.has(name) for name in asked):
+                    return True
                 raise utils.Failure(f"{path} was made with other settings: {other}")
+        return False
 
     def skip(self, result: str, settings: dict) -> bool:
         """Whether a result is there already; if so, say so, and what differs from what was asked."""

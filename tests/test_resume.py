@@ -155,6 +155,12 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
         done = command(*line, *change, "--checkpoint-dir", tmp_path, "-r")
         assert done.returncode == 2
         assert done.stderr.endswith(f"70percent_iter_final.pt was made with other settings: {message}\n")
+    # A loop over commands, started again with -r, comes by those that are done.
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    done = command(*line, "--checkpoint-dir", tmp_path, "-r")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == whole
     assert (tmp_path / "resume" / "70percent_iter_final.pt").exists()
 
 
