@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 import warnings
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,8 +42,7 @@ PRUNED_NAME = re.compile(
     r"(_(?P<retrain>distilled|plain))?(_rewind\d+)?_ckpt"
     r"(\.pth|(\.bf16|\.fp16)?\.packed)"
 )
-MODES = {"single": "one-shot", "iter": "iterative"}
-COLORS = {"global": "C0", "uniform": "C1", "erk": "C2", "lamp": "C3"}
+MODES = {"single": ("one-shot", "-o"), "iter": ("iterative", ":s")}
 
 
 def parse_args() -> argparse.Namespace:
@@ -128,7 +128,8 @@ def report_directory(
 
 
 def report_seeds(tables: list[list["Row"]], directory: Path) -> None:
-    """Print and write, as seeds.csv, mean and standard deviation over directories of what has the same name in each."""
+    """Print and write mean and standard deviation over directories of what has the same name in each: seeds.csv and
+    seeds.png in `directory`."""
     names = dict.fromkeys((row.file, row.arch) for rows in tables for row in rows)
     lines = []
     for name, arch in names:
@@ -147,6 +148,7 @@ def report_seeds(tables: list[list["Row"]], directory: Path) -> None:
     writer.writeheader()
     writer.writerows(lines)
     store.write(directory / "seeds.csv", text.getvalue().encode(errors="backslashreplace"))
+    store.write(directory / "seeds.png", picture([row for rows in tables for row in rows], "drop"))
 
 
 def complain(problems: list[str]) -> int:
@@ -331,42 +333,38 @@ def report(rows: list[Row], directory: Path) -> None:
     store.write(directory / "results.png", picture(rows))
 
 
-def picture(rows: list[Row]) -> bytes:
-    """Accuracy against sparsity and against multiply-adds, a line a mode and allocation, the dense network as a line
-    across; a PNG."""
+def picture(rows: list[Row], y: str = "accuracy") -> bytes:
+    """Accuracy or drop against sparsity and against multiply-adds, a line a mode and way to prune and retrain, and one
+    across for the dense network. Of several seeds the mean, with the standard deviation as a bar. A PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for row in rows:
-        if row.file == DENSE:
-            for axes in panels:
-                axes.axhline(row.accuracy, color="0.4", linestyle="--", label=f"dense, {row.accuracy:.2f} %")
+    dense = [row.accuracy for row in rows if row.file == DENSE]
+    if dense:
+        level = statistics.mean(dense)
+        for axes in panels:
+            axes.axhline(0 if y == "drop" else level, color="0.4", linestyle="--", label=f"dense, {level:.2f} %")
+    # A packed file is the same network again; a rounded one is another, and has its row in the table.
+    shown = [row for row in rows if row.mode in MODES and row.values == "fp32" and getattr(row, y) is not None]
+    kinds = sorted({(row.allocation, row.retrain, row.rewind) for row in shown})
     for axes, x in zip(panels, ("sparsity", "multiply_adds")):
-        recipes = sorted({(row.retrain, row.rewind) for row in rows if row.mode in MODES})
-        kinds = itertools.product((("single", "o"), ("iter", "s")), enumerate(recipes), COLORS)
-        for (mode, marker), (shade, (retrain, rewind)), allocation in kinds:
-            # A packed file is the same network again; a rounded one is another, and has its row in the table.
-            wanted = mode, allocation, retrain, rewind, "fp32"
-            line = [r for r in rows if (r.mode, r.allocation, r.retrain, r.rewind, r.values) == wanted]
-            points = sorted({(getattr(row, x), row.accuracy) for row in line})
+        for (mode, (name, style)), (color, kind) in itertools.product(MODES.items(), enumerate(kinds)):
+            points = defaultdict(list)  # by sparsity, one a seed
+            for row in shown:
+                if (row.mode, row.allocation, row.retrain, row.rewind) == (mode, *kind):
+                    points[row.sparsity].append((getattr(row, x), getattr(row, y)))
             if points:
-                label = MODES[mode] + ("" if allocation == "global" else f", {allocation}")
-                if len(recipes) > 1:
-                    label += f", {retrain}" + (f", rewound to {rewind}" if rewind else "")
-                style = {"single": "-", "iter": ":"}[mode]
-                axes.plot(
-                    *zip(*points),
-                    style,
-                    marker=marker,
-                    color=COLORS[allocation],
-                    alpha=max(0.3, 0.6**shade),
-                    label=label,
-                )
+                columns = [tuple(zip(*same)) for _, same in sorted(points.items())]
+                means = [[statistics.mean(values) for values in column] for column in columns]
+                bars = [statistics.stdev(ys) if len(ys) > 1 else 0.0 for _, ys in columns]
+                look = {"fmt": style, "color": f"C{color}", "capsize": 3, "label": label(name, kind, kinds)}
+                axes.errorbar(*zip(*means), bars if any(bars) else None, **look)
         axes.grid(alpha=0.3)
-    panels[0].set(xlabel="zeros among the weights of the pruned layers (%)", ylabel="test accuracy (%)")
+    panels[0].set(xlabel="zeros among the weights of the pruned layers (%)")
+    panels[0].set(ylabel="drop (points)" if y == "drop" else "accuracy (%)")
     panels[1].set(xlabel="multiply-adds with nonzero weights, of an image (millions)", xscale="log")
     panels[1].invert_xaxis()
     for axis in panels[1].xaxis.set_major_formatter, panels[1].xaxis.set_minor_formatter:
@@ -379,6 +377,14 @@ def picture(rows: list[Row]) -> bytes:
         figure.savefig(image, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(figure)
     return image.getvalue()
+
+
+def label(mode: str, kind: tuple[str, str, int], kinds: list[tuple[str, str, int]]) -> str:
+    """A name for one of `kinds` (allocation, way to retrain, epoch rewound to) that says what sets it apart."""
+    allocation, retrain, rewind = kind
+    several = len({other[1:] for other in kinds}) > 1
+    parts = [mode, *([] if allocation == "global" else [allocation]), *([retrain] if several and retrain else [])]
+    return ", ".join(parts + ([f"rewound to {rewind}"] if rewind else []))
 
 
 def layer_tables(layers: dict[str, dict[str, tuple[int, int]]], counts: dict[str, dict[str, tuple[int, int]]]) -> str:

@@ -237,6 +237,7 @@ def test_over_several_directories_there_are_mean_and_deviation(experiment, image
     for folder in folders:
         with open(folder / "results.csv") as file:
             rows.append({row["file"]: row for row in csv.DictReader(file)})
+    assert (folders[0] / "seeds.png").read_bytes().startswith(b"\x89PNG")
     with open(folders[0] / "seeds.csv") as file:
         seeds = {row["model"]: row for row in csv.DictReader(file)}
     plain = rows[1]["50percent_iter_plain_ckpt.pth"]
