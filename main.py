@@ -28,7 +28,7 @@ import utils
 
 DENSE = "ckpt.pth"
 EARLY = "ckpt_epoch{}.pt"  # weights of the dense training after that epoch
-RECIPES = ("adaptive", "distilled", "plain")  # of retraining; the first is the default, and not part of names
+RECIPES = ("distilled", "adaptive", "plain")  # of retraining; the first is the default, and not part of names
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,7 +79,8 @@ def parse_args() -> argparse.Namespace:
         choices=RECIPES,
         default=RECIPES[0],
         help="adaptive: from a learning rate by what pruning took away straight down to 0 (Zimmer et al. 2023); "
-        "distilled: the same, with the dense network as teacher (Hinton et al. 2015); plain: as dense training",
+        "distilled (the default): the same, with the dense network as teacher (Hinton et al. 2015); plain: as dense "
+        "training",
     )
     pruned.add_argument(
         "--rewind",

@@ -39,7 +39,7 @@ import utils
 DENSE = "ckpt.pth"
 PRUNED_NAME = re.compile(
     r"(?P<percent>\d+(?:\.\d+)?)percent_(?P<mode>single|iter)(_(?P<allocation>uniform|erk|lamp))?"
-    r"(_(?P<retrain>distilled|plain))?(_rewind\d+)?_ckpt"
+    r"(_(?P<retrain>distilled|adaptive|plain))?(_rewind\d+)?_ckpt"
     r"(\.pth|(\.bf16|\.fp16)?\.packed)"
 )
 MODES = {"single": ("one-shot", "-o"), "iter": ("iterative", ":s")}

@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 import statistics
+from copy import deepcopy
 
 import pytest
 import torch
@@ -101,12 +102,13 @@ def test_pruned_weights_are_zero_at_every_step_of_retraining(experiment, images)
         for name, weight in pruning.prunable(network).items():
             weight[~masks[name]] = 0
 
+    teacher = deepcopy(network).eval()
     change = pruning.change(network, masks) / 0.875**0.5
     zero()
     cpu = torch.device("cpu")
     batches = data.TrainBatches(data.load(str(images), folder, 16), 16, 0, cpu)
     dtype = utils.choose_dtype("auto", cpu)
-    recipe = {"lr": 0.1 * max(change, 2 / 2), "schedule": engine.linear, "nesterov": True}
+    recipe = {"lr": 0.1 * max(change, 2 / 2), "schedule": engine.linear, "nesterov": True, "teacher": teacher}
     engine.fit(network, batches, stage="87.5percent_single", epochs=2, dtype=dtype, after_step=zero, **recipe)
     for name, value in net(folder / "87.5percent_single_ckpt.pth").items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
@@ -149,25 +151,35 @@ def test_the_rate_of_retraining_is_by_what_pruning_took_away(experiment, images,
 
 
 def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_path):
-    """plain has the rate of dense training; distilled is another training by hand, with the dense network's answers."""
+    """plain has the rate of dense training; adaptive is another training by hand, without a teacher."""
     shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
     line = (*SMALL, *SMALL_PRUNING, "-pr", "0.5", "-shot", "single", "--dataset", images, "--checkpoint-dir", tmp_path)
     succeed("main.py", *line, "--retrain", "plain")
     plain = torch.load(tmp_path / "50percent_single_plain_ckpt.pth", weights_only=True)
     assert [entry["lr"] for entry in plain["history"]] == pytest.approx([0.05, 0])
-    succeed("main.py", *line, "--retrain", "distilled")
-    found = net(tmp_path / "50percent_single_distilled_ckpt.pth")
-    network, teacher = (models.build("resnet20", 2).to(memory_format=torch.channels_last) for _ in range(2))
-    for each in network, teacher.eval():
-        each.load_state_dict(net(tmp_path / "ckpt.pth"))
+    succeed("main.py", *line, "--retrain", "adaptive")
+    found = net(tmp_path / "50percent_single_adaptive_ckpt.pth")
+    network = models.build("resnet20", 2).to(memory_format=torch.channels_last)
+    network.load_state_dict(net(tmp_path / "ckpt.pth"))
     masks = pruning.choose(network, round(0.5 * WEIGHTS))
     pruning.apply(network, masks)
     batches = data.TrainBatches(data.load(str(images), tmp_path, 16), 16, 0, torch.device("cpu"))
     more = {"dtype": utils.choose_dtype("auto", torch.device("cpu")), "after_step": pruning.keeper(network, masks)}
-    more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True, "teacher": teacher}
+    more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True}
     engine.fit(network, batches, stage="50percent_single", epochs=2, **more)
     for name, value in found.items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
+
+
+def test_a_teacher_counts_by_how_sure_it_is_of_the_label():
+    logits, labels = torch.tensor([[1.0, 0.5, -1.0]] * 3), torch.tensor([0, 0, 0])
+    hard = torch.nn.functional.cross_entropy(logits[:1], labels[:1])
+    wanted = torch.tensor([[40.0, 0, 0], [0, 40.0, 0], [1.0, 1.0, -40.0]])  # sure and right, sure and wrong, in doubt
+    p, q = ((each / 4).softmax(1) for each in (wanted, logits))
+    soft = 16 * (p * (p.log() - q.log())).sum(1)
+    for image, share in enumerate((0.9, 0.0, 0.9 / 2**4)):
+        found = engine.distillation(*(tensor[image : image + 1] for tensor in (logits, wanted, labels)))
+        torch.testing.assert_close(found, share * soft[image] + (1 - share) * hard)
 
 
 def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, tmp_path):
@@ -175,13 +187,13 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     And the same command gives the same dense network, to the byte."""
     shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
     line = (*SMALL, *SMALL_PRUNING, "--rewind", "1", "--dataset", images, "--checkpoint-dir", tmp_path)
-    prune = (*line, "-pr", "0.3", "-shot", "iter")
+    prune = (*line, "-pr", "0.3", "-shot", "iter", "--retrain", "adaptive")
     done = command("main.py", *prune)
     assert done.returncode == 2 and "ckpt_epoch1.pt is missing: main.py --rewind 1 --force" in done.stderr
     succeed("main.py", *line, "--force")
     assert (tmp_path / "ckpt.pth").read_bytes() == (experiment[0] / "ckpt.pth").read_bytes()
     succeed("main.py", *prune)
-    found = torch.load(tmp_path / "30percent_iter_rewind1_ckpt.pth", weights_only=True)
+    found = torch.load(tmp_path / "30percent_iter_adaptive_rewind1_ckpt.pth", weights_only=True)
     network = models.build("resnet20", 2)
     network.load_state_dict(net(tmp_path / "ckpt.pth"))
     masks = pruning.choose(network, round(0.3 * WEIGHTS))  # one step of at most 0.4

@@ -146,7 +146,7 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     line, whole = setting
     (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
     (tmp_path / "resume").mkdir()
-    state = {"settings": {"mode": "iter", "retrain": "adaptive", "sparsity": 0.7, "seed": 0}, "state": {}}
+    state = {"settings": {"mode": "iter", "retrain": "distilled", "sparsity": 0.7, "seed": 0}, "state": {}}
     store.save(tmp_path / "resume" / "70percent_iter_final.pt", state)
     for change, message in (
         ((), "sparsity 0.7 there, 0.5 0.8 asked"),
