@@ -49,7 +49,8 @@ class Dataset:
     train: Split
     test: Split
     mirror: bool = True
-    val_fraction: float = 0.0  # of the training images that stand in for the test images
+    val_fraction: float = 0.0  # of the training images that are held out
+    unseen: bool = False  # the test images of networks that main.py measured on held-out ones
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Of each colour over all pixels of the training images, (3,) float32, in units of the brightest."""
@@ -220,13 +221,19 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def of_checkpoints(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> Dataset:
-    """The data set asked for; without a word from the user, the one that the checkpoints were made with."""
+    """The data set asked for; without a word from the user, the one that the checkpoints were made with.
+
+    Asked to hold out nothing, of checkpoints that were: the test images, by the mean and deviation of the training."""
     settings = next((c["settings"] for c in checkpoints.values() if "settings" in c), {})
     name = args.dataset or settings.get("dataset", "cifar10")
     if not args.dataset and name.startswith("folder "):
         raise Failure("these checkpoints were made with a folder of images: say where it is with --dataset")
     size, fraction = args.image_size or settings.get("image_size", 32), args.val_fraction
-    return load(name, args.data_dir, size, settings.get("val_fraction", 0.0) if fraction is None else fraction)
+    held_out = settings.get("val_fraction", 0.0)
+    if fraction is None or fraction or not held_out:
+        return load(name, args.data_dir, size, held_out if fraction is None else fraction)
+    whole = load(name, args.data_dir, size)
+    return replace(hold_out(whole, held_out), name=whole.name, test=whole.test, unseen=True)
 
 
 def check(path: Path, checkpoint: dict, images: Dataset) -> None:

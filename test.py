@@ -105,6 +105,8 @@ def report_directory(
         except utils.Failure as failure:
             problems.append(str(failure))
             continue
+        if images.unseen:  # what the file says is of other images
+            checkpoint = {name: checkpoint[name] for name in checkpoint.keys() - {"acc", "dense_acc", "pruned_acc"}}
         device = batches.images.device
         network = store.network_of(checkpoint).to(device, memory_format=torch.channels_last)
         zeros = pruning.count(network)

@@ -106,7 +106,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, siz
         type=share,
         default=None if size is None else 0.0,
         metavar="FRACTION",
-        help="hold out this share of the training images and measure on it, not on the test images",
+        help="hold out this share of the training images and measure on it, not on the test images"
+        + (", which 0 measures after all" if size is None else ""),
     )
 
 

@@ -230,6 +230,19 @@ def test_choices_are_made_on_images_that_are_held_out(images, tmp_path):
     assert (checkpoint["acc"], score.images) == (score.accuracy, 20)
     report = ("--checkpoint-dir", tmp_path, "--dataset", images, "--device", "cpu")
     succeed("test.py", *report)
+    # Asked for no held-out images it measures the test images at last, normalised as in training.
+    succeed("main.py", *line, "--val-fraction", "0.25", "-pr", "0.5", "-shot", "single", "--retrain-epochs", "1")
+    succeed("test.py", *report, "--val-fraction", "0")
+    with open(tmp_path / "results.csv") as file:
+        dense, pruned = csv.DictReader(file)
+    batches = data.TestBatches(held_out, torch.device("cpu"))
+    batches.images, batches.labels = (
+        getattr(data.load(str(images), tmp_path, 16).test, n) for n in ("images", "labels")
+    )
+    score = engine.evaluate(store.network_of(checkpoint), batches)
+    assert (float(dense["accuracy"]), float(dense["loss"])) == (score.accuracy, pytest.approx(score.loss))
+    assert dense["dataset"] == "shades" and pruned["accuracy_pruned"] == ""
+    assert float(pruned["drop"]) == pytest.approx(score.accuracy - float(pruned["accuracy"]))
     # A file that does not say it was trained with all images, those that would be held out, too.
     torch.save({"net": checkpoint["net"], "acc": 90.0, "epoch": 1}, tmp_path / "ckpt.pth")
     done = command("main.py", *line, "--val-fraction", "0.25", "-pr", "0.5", "-shot", "single")
