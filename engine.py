@@ -62,6 +62,11 @@ def cosine(lr: float, done: float) -> float:
     return lr * (1 + math.cos(math.pi * done)) / 2
 
 
+def constant(lr: float, _done: float) -> float:
+    """The learning rate, whatever share of all steps is over."""
+    return lr
+
+
 def linear(lr: float, done: float) -> float:
     """The learning rate when the share `done` of all steps is over: from a tenth of `lr` up to it in the first tenth,
     then straight down to 0."""

@@ -29,6 +29,7 @@ import utils
 DENSE = "ckpt.pth"
 EARLY = "ckpt_epoch{}.pt"  # weights of the dense training after that epoch
 RECIPES = ("distilled", "adaptive", "plain")  # of retraining; the first is the default, and not part of names
+STEP_RATE = 0.5  # of --lr, in the steps of iterative pruning: see results/README.md for what else was tried
 
 
 def parse_args() -> argparse.Namespace:
@@ -219,7 +220,7 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
         for step, zeros in enumerate(shared[trunk["step"] :], trunk["step"] + 1):
             stage = f"iter_step{step}"
             masks = pruning.choose(network, zeros, masks, args.allocation)
-            recipe = lab.recipe(network, masks, args.step_epochs, dense)
+            recipe = lab.recipe(network, masks, args.step_epochs, dense, more_follows=True)
             if early:
                 network.load_state_dict(early)
             history = history + lab.train(network, stage, args.step_epochs, steps, masks, recipe)
@@ -227,7 +228,7 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
         masks = pruning.choose(network, last, masks, args.allocation)
-        recipe = lab.recipe(network, masks, args.step_epochs, dense)
+        recipe = lab.recipe(network, masks, args.step_epochs, dense, more_follows=True)
         before = lab.accuracy_after_pruning(network, masks)
         if early:
             network.load_state_dict(early)
@@ -388,26 +389,33 @@ class Lab:
         """The network on the device, in the layout that convolutions are fastest in."""
         return network.to(self.device, memory_format=torch.channels_last)
 
-    def recipe(self, network: nn.Module, masks: pruning.Masks, epochs: int, dense: dict) -> dict:
+    def recipe(
+        self, network: nn.Module, masks: pruning.Masks, epochs: int, dense: dict, more_follows: bool = False
+    ) -> dict:
         """How to retrain for so many epochs what `masks` leave of a network: arguments of engine.fit.
 
         The adaptive learning rate is that of Zimmer, Spiegel and Pokutta (How I learned to stop worrying and love
         retraining, 2023): the larger the share of the weights' norm that goes, beyond what as many random weights
         would take, the higher it starts, between the rate that the dense training would have so many epochs before
         its end, were it linear, and its highest.
+
+        Where pruning or training follows, nothing is gained by settling: as in gradual pruning (Zhu and Gupta 2018)
+        the rate is high all the time, and goes down once, at the end.
         """
         if self.args.retrain == "plain":
             return {"lr": self.args.lr}
+        recipe = {"nesterov": True}
+        if self.args.retrain == "distilled":
+            recipe["teacher"] = self.place(store.network_of(dense)).eval()
+        if self.args.rewind:  # weights that are put back have all to learn, whatever pruning took
+            return recipe | {"lr": self.args.lr, "schedule": engine.linear}
+        if more_follows:
+            return recipe | {"lr": STEP_RATE * self.args.lr, "schedule": engine.constant}
         left = sum(int(weight.count_nonzero()) for weight in pruning.prunable(network).values())
         share = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(left, 1)
         change = pruning.change(network, masks) / share**0.5 if share > 0 else 0.0
         least = min(1.0, epochs / dense.get("settings", {}).get("epochs", self.args.epochs))
-        # Weights that are put back have all to learn, whatever pruning took.
-        lr = self.args.lr * (1.0 if self.args.rewind else min(max(change, least), 1.0))
-        recipe = {"lr": lr, "schedule": engine.linear, "nesterov": True}
-        if self.args.retrain == "distilled":
-            recipe["teacher"] = self.place(store.network_of(dense)).eval()
-        return recipe
+        return recipe | {"lr": self.args.lr * min(max(change, least), 1.0), "schedule": engine.linear}
 
     def accuracy_after_pruning(self, network: nn.Module, masks: pruning.Masks) -> float:
         """Prune, and measure before anything is retrained; percent."""

@@ -150,6 +150,13 @@ def test_the_rate_of_retraining_is_by_what_pruning_took_away(experiment, images,
         assert checkpoint["history"][-1]["peak_lr"] == pytest.approx(0.1 * share)
 
 
+def test_between_steps_of_pruning_the_rate_does_not_go_down(experiment):
+    history = torch.load(experiment[0] / "87.5percent_iter_ckpt.pth", weights_only=True)["history"]
+    *steps, final = [(entry["peak_lr"], entry["lr"]) for entry in history]
+    assert len(steps) == 5 and set(steps) == {(0.05, 0.05)}
+    assert final == (0.05, 0.0)  # one epoch of the two that the dense network had
+
+
 def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_path):
     """plain has the rate of dense training; adaptive is another training by hand, without a teacher."""
     shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
