@@ -178,17 +178,6 @@ def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_p
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
 
 
-def test_a_teacher_counts_by_how_sure_it_is_of_the_label():
-    logits, labels = torch.tensor([[1.0, 0.5, -1.0]] * 3), torch.tensor([0, 0, 0])
-    hard = torch.nn.functional.cross_entropy(logits[:1], labels[:1])
-    wanted = torch.tensor([[40.0, 0, 0], [0, 40.0, 0], [1.0, 1.0, -40.0]])  # sure and right, sure and wrong, in doubt
-    p, q = ((each / 4).softmax(1) for each in (wanted, logits))
-    soft = 16 * (p * (p.log() - q.log())).sum(1)
-    for image, share in enumerate((0.9, 0.0, 0.9 / 2**4)):
-        found = engine.distillation(*(tensor[image : image + 1] for tensor in (logits, wanted, labels)))
-        torch.testing.assert_close(found, share * soft[image] + (1 - share) * hard)
-
-
 def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, tmp_path):
     """The last step of a run, by hand: the early weights under the mask, trained. Without them nothing starts.
     And the same command gives the same dense network, to the byte."""

@@ -73,7 +73,7 @@ def test_the_linear_schedule_warms_up_and_ends_at_zero():
 
 
 def test_a_teacher_is_asked_and_left_alone():
-    """One step, against one written without the engine, with the loss as Hinton et al. write it."""
+    """One step, against one written without the engine: the loss of Hinton et al., with a share for each image."""
     teacher, ours, plain = fresh(), fresh(), fresh()
     fit(teacher, epochs=4)
     before = store.plain_state(teacher.eval())
@@ -85,12 +85,25 @@ def test_a_teacher_is_asked_and_left_alone():
     [(inputs, labels)] = batches.epoch("test", 0)
     logits = plain(inputs)
     with torch.no_grad():
-        soft = (teacher(inputs) / 4).softmax(1)
-    divergence = (soft * (soft.log() - (logits / 4).log_softmax(1))).sum(1).mean()
-    (0.9 * 16 * divergence + 0.1 * F.cross_entropy(logits, labels)).backward()
+        wanted = teacher(inputs)
+    soft = (wanted / 4).softmax(1)
+    divergence = (soft * (soft.log() - (logits / 4).log_softmax(1))).sum(1)
+    share = 0.9 * wanted.softmax(1)[torch.arange(16), labels] ** 4
+    (share * 16 * divergence + (1 - share) * F.cross_entropy(logits, labels, reduction="none")).mean().backward()
     optimizer.step()
     for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_teacher_counts_by_how_sure_it_is_of_the_label():
+    logits, labels = torch.tensor([[1.0, 0.5, -1.0]] * 3), torch.tensor([0, 0, 0])
+    hard = F.cross_entropy(logits[:1], labels[:1])
+    wanted = torch.tensor([[40.0, 0, 0], [0, 40.0, 0], [1.0, 1.0, -40.0]])  # sure and right, sure and wrong, in doubt
+    p, q = ((each / 4).softmax(1) for each in (wanted, logits))
+    soft = 16 * (p * (p.log() - q.log())).sum(1)
+    for image, share in enumerate((0.9, 0.0, 0.9 / 2**4)):
+        found = engine.distillation(*(tensor[image : image + 1] for tensor in (logits, wanted, labels)))
+        torch.testing.assert_close(found, share * soft[image] + (1 - share) * hard)
 
 
 def test_training_is_plain_sgd_on_the_batches():
