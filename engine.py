@@ -90,7 +90,8 @@ def fit(
     keep: Callable[[dict], object] = id,
 ) -> list[dict]:
     """Train `network` in place: SGD with momentum 0.9 and weight decay 5e-4, the learning rate by `schedule` from `lr`
-    and the share of the steps that is over. The loss is cross entropy, with a `teacher` what `distillation` says.
+    and the share of the steps that is over. It minimises cross entropy, or with a `teacher` what `distillation` says,
+    and reports cross entropy.
 
     `batches` has a length and `epoch(stage, epoch, first)`, as data.TrainBatches. `after_step` is called after each
     step of the optimizer; see `Step` for what it may do. `after_epoch` is called with the number of each epoch, from 1,

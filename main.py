@@ -225,6 +225,7 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
                 network.load_state_dict(early)
             history = history + lab.train(network, stage, args.step_epochs, steps, masks, recipe)
             trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
+            trunk["targets"] = targets
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
         masks = pruning.choose(network, last, masks, args.allocation)
@@ -237,7 +238,9 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
             recipe = lab.recipe(network, masks, args.final_epochs, dense)
         lab.finish(result, network, settings, history, dense, before)
         lab.directory.forget(*stages)
-    lab.directory.forget("iter_trunk")
+    # A command that is done must not take the trunk from under one that was interrupted.
+    if trunk and all(lab.directory.has(lab.result_name(target, "iter")) for target in trunk.get("targets", targets)):
+        lab.directory.forget("iter_trunk")
 
 
 def result_name(sparsity: float, mode: str, allocation: str, retrain: str, rewind: int | None) -> str:

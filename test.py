@@ -83,7 +83,7 @@ def main() -> int:
         finally:
             complain(wrong)
         problems += wrong
-    if len(directories) > 1:
+    if len(directories) > 1 and any(tables):
         report_seeds(tables, directories[0])
     return 1 if problems else 0
 
@@ -150,7 +150,11 @@ def report_seeds(tables: list[list["Row"]], directory: Path) -> None:
     writer.writeheader()
     writer.writerows(lines)
     store.write(directory / "seeds.csv", text.getvalue().encode(errors="backslashreplace"))
-    store.write(directory / "seeds.png", picture([row for rows in tables for row in rows], "drop"))
+    shown = []
+    for rows in tables:  # a packed file beside its network is not another seed
+        files = {row.file for row in rows}
+        shown += [row for row in rows if row.file.endswith(".pth") or row.file.replace(".packed", ".pth") not in files]
+    store.write(directory / "seeds.png", picture(shown, "drop"))
 
 
 def complain(problems: list[str]) -> int:
@@ -295,7 +299,7 @@ def contradictions(
     # Another program normalised the images in its own way, which moves its accuracy a little: one point.
     slack = score.close if ours else score.images / 100
     if "acc" in checkpoint and not abs(checkpoint["acc"] / 100 * score.images - score.correct) <= slack + 0.5:
-        found.append(f"says its test accuracy is {checkpoint['acc']:.2f} %, measured {score.accuracy:.2f} %")
+        found.append(f"says its accuracy is {checkpoint['acc']:.2f} %, measured {score.accuracy:.2f} %")
     says = checkpoint.get("dense_acc")
     if dense and says is not None and not abs(says / 100 * dense.images - dense.correct) <= dense.close + 0.5:
         found.append(f"says the dense accuracy is {says:.2f} %, measured {dense.accuracy:.2f} %")
@@ -349,14 +353,14 @@ def picture(rows: list[Row], y: str = "accuracy") -> bytes:
         level = statistics.mean(dense)
         for axes in panels:
             axes.axhline(0 if y == "drop" else level, color="0.4", linestyle="--", label=f"dense, {level:.2f} %")
-    # A packed file is the same network again; a rounded one is another, and has its row in the table.
+    # A rounded network is another one, and has its row in the table.
     shown = [row for row in rows if row.mode in MODES and row.values == "fp32" and getattr(row, y) is not None]
-    kinds = sorted({(row.allocation, row.retrain, row.rewind) for row in shown})
+    kinds = sorted({(row.arch, row.allocation, row.retrain, row.rewind) for row in shown})
     for axes, x in zip(panels, ("sparsity", "multiply_adds")):
         for (mode, (name, style)), (color, kind) in itertools.product(MODES.items(), enumerate(kinds)):
             points = defaultdict(list)  # by sparsity, one a seed
             for row in shown:
-                if (row.mode, row.allocation, row.retrain, row.rewind) == (mode, *kind):
+                if (row.mode, row.arch, row.allocation, row.retrain, row.rewind) == (mode, *kind):
                     points[row.sparsity].append((getattr(row, x), getattr(row, y)))
             if points:
                 columns = [tuple(zip(*same)) for _, same in sorted(points.items())]
@@ -381,11 +385,12 @@ def picture(rows: list[Row], y: str = "accuracy") -> bytes:
     return image.getvalue()
 
 
-def label(mode: str, kind: tuple[str, str, int], kinds: list[tuple[str, str, int]]) -> str:
-    """A name for one of `kinds` (allocation, way to retrain, epoch rewound to) that says what sets it apart."""
-    allocation, retrain, rewind = kind
-    several = len({other[1:] for other in kinds}) > 1
-    parts = [mode, *([] if allocation == "global" else [allocation]), *([retrain] if several and retrain else [])]
+def label(mode: str, kind: tuple[str, str, str, int], kinds: list[tuple[str, str, str, int]]) -> str:
+    """A name for one of `kinds` (network, allocation, way to retrain, epoch rewound to) that sets it apart."""
+    arch, allocation, retrain, rewind = kind
+    parts = [arch] if len({other[0] for other in kinds}) > 1 else []
+    parts += [mode] if allocation == "global" else [mode, allocation]
+    parts += [retrain] if retrain and len({other[2:] for other in kinds}) > 1 else []
     return ", ".join(parts + ([f"rewound to {rewind}"] if rewind else []))
 
 

@@ -382,7 +382,7 @@ def test_another_allocation_has_a_file_of_its_own_and_does_not_go_on_with_the_st
 
 
 LIES = [
-    (lambda c: c.update(acc=c["acc"] - 30), "says its test accuracy is"),
+    (lambda c: c.update(acc=c["acc"] - 30), "says its accuracy is"),
     (lambda c: c.update(acc=float("nan")), "acc is not a finite number"),
     (lambda c: c.update(dense_acc=1.0), "says the dense accuracy is 1.00 %"),
     (lambda c: c["net"]["conv1.weight"].zero_(), "weights are zero"),

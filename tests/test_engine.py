@@ -104,6 +104,9 @@ def test_a_teacher_counts_by_how_sure_it_is_of_the_label():
     for image, share in enumerate((0.9, 0.0, 0.9 / 2**4)):
         found = engine.distillation(*(tensor[image : image + 1] for tensor in (logits, wanted, labels)))
         torch.testing.assert_close(found, share * soft[image] + (1 - share) * hard)
+    shares = torch.tensor([0.9, 0.0, 0.9 / 2**4])
+    together = (shares * soft + (1 - shares) * hard).mean()
+    torch.testing.assert_close(engine.distillation(logits, wanted, labels), together)
 
 
 def test_training_is_plain_sgd_on_the_batches():

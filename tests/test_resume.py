@@ -233,9 +233,16 @@ def test_a_state_whose_result_is_there_is_cleared(setting, tmp_path):
         (tmp_path / name).write_bytes(content)
     for stage in ("dense", "50percent_single", "80percent_iter_final"):
         store.save(tmp_path / "resume" / f"{stage}.pt", {"settings": {}, "state": {}})
-    done = command(*line, "--checkpoint-dir", tmp_path, "-r")
-    assert done.returncode == 0, done.stderr
-    assert results(tmp_path) == whole
+    settings = store.load(tmp_path / "80percent_iter_ckpt.pth")["settings"]
+    settings = {name: settings[name] for name in settings if name not in ("sparsity", "final_epochs")}
+    # The steps that a target has in common with others stay until all of them are there.
+    for targets, left in ([0.5, 0.9], ["iter_trunk.pt"]), ([0.5, 0.8], []):
+        trunk = {"settings": settings, "state": {"step": 1, "targets": targets}}
+        store.save(tmp_path / "resume" / "iter_trunk.pt", trunk)
+        done = command(*line, "--checkpoint-dir", tmp_path, "-r")
+        assert done.returncode == 0, done.stderr
+        assert results(tmp_path) == whole
+        assert [path.name for path in tmp_path.glob("resume/*")] == left
     assert not (tmp_path / "resume").exists()
 
 
