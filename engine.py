@@ -4,13 +4,14 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from utils import Failure, Interrupted, stop_requested
@@ -83,6 +84,7 @@ def fit(
     schedule: Callable[[float, float], float] = cosine,
     nesterov: bool = False,
     teacher: nn.Module | None = None,
+    average: float = 0.0,
     dtype: torch.dtype = torch.float32,
     after_step: Callable[[], None] = lambda: None,
     after_epoch: Callable[[int], object] = id,
@@ -91,7 +93,8 @@ def fit(
 ) -> list[dict]:
     """Train `network` in place: SGD with momentum 0.9 and weight decay 5e-4, the learning rate by `schedule` from `lr`
     and the share of the steps that is over. It minimises cross entropy, or with a `teacher` what `distillation` says,
-    and reports cross entropy.
+    and reports cross entropy. It ends with the weights of the last step, or with `average` with those of `Average` over
+    that share of the steps, and BatchNorm's statistics of one more pass over the training images.
 
     `batches` has a length and `epoch(stage, epoch, first)`, as data.TrainBatches. `after_step` is called after each
     step of the optimizer; see `Step` for what it may do. `after_epoch` is called with the number of each epoch, from 1,
@@ -109,6 +112,8 @@ def fit(
         network.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, fused=True, nesterov=nesterov
     )
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss and correct, and the number of images
+    steps = epochs * len(batches)
+    averaged = Average(network, average * steps) if average else None
     start, first, history = 0, 0, []
     if state:
         start, first, history = state["epoch"], state["step"], list(state["history"])
@@ -116,6 +121,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = rate
         sums.copy_(state["sums"])
+        if averaged:
+            torch._foreach_copy_(averaged.values, state["average"])
     train_step = Step(network, optimizer, sums, dtype, after_step, teacher)
 
     def keep_state(epoch: int, step: int) -> None:
@@ -123,16 +130,19 @@ def fit(
             # A state without a future must not replace a good one.
             raise not_finite(stage, epoch + bool(step))
         tensors = {"net": network.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums}
+        tensors |= {"average": averaged.values} if averaged else {}
         keep({"epoch": epoch, "step": step, "history": history, **tensors})
 
     network.train()
-    done, steps = start * len(batches) + first, epochs * len(batches)
+    done = start * len(batches) + first
     kept = time.monotonic()
     with tqdm(total=steps, initial=done, desc=stage, unit="batch", disable=None, leave=False, mininterval=1) as bar:
         for epoch in range(start, epochs):
             for step, (inputs, labels) in enumerate(batches.epoch(stage, epoch, first), first + 1):
                 train_step(inputs, labels, schedule(lr, done / steps))
                 done += 1
+                if averaged:
+                    averaged.add(done)
                 # Drawn once a second: inside an epoch only this waits for the device.
                 if bar.update():
                     now = f"{schedule(lr, done / steps):.4f}"
@@ -153,7 +163,48 @@ def fit(
             if epoch + 1 == epochs or time.monotonic() - kept >= KEEP_SECONDS:
                 keep_state(epoch + 1, 0)
                 kept = time.monotonic()
+    if averaged:
+        averaged.put_into_network()
+        measure_batchnorm(network, batches.epoch(stage, epochs), len(batches), stage, dtype)
     return history
+
+
+class Average:
+    """An exponential moving average of a network's weights over about `steps` steps (Polyak and Juditsky 1992): less
+    noisy than those of the last step. What is 0 in all of them is 0 in it."""
+
+    def __init__(self, network: nn.Module, steps: float):
+        self.weights = list(network.parameters())
+        self.values = [weight.detach().clone() for weight in self.weights]
+        self.steps = max(1.0, steps)
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take in the weights after the step of that number, from 1. It is their mean until there are enough."""
+        torch._foreach_lerp_(self.values, self.weights, 1 / min(step, self.steps))
+
+    @torch.no_grad()
+    def put_into_network(self) -> None:
+        torch._foreach_copy_(self.weights, self.values)
+
+
+def measure_batchnorm(network: nn.Module, batches: Iterable, length: int, stage: str, dtype: torch.dtype) -> None:
+    """Replace the running mean and variance of each BatchNorm by those over `length` batches: those that are there are
+    of other weights."""
+
+    def full_ones() -> Iterator[Tensor]:
+        full = 0
+        for inputs, _ in tqdm(batches, f"{stage}, BatchNorm", length, unit="batch", disable=None, leave=False):
+            if len(inputs) < full:  # the last one may have few images, and would count as much as the others
+                return
+            full = len(inputs)
+            yield inputs
+            if stop_requested():
+                raise Interrupted(f"stopped at the end of {stage}; the same command with -r goes on")
+
+    device = next(network.parameters()).device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        update_bn(full_ones(), network)
 
 
 def distillation(logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:

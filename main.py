@@ -30,6 +30,7 @@ DENSE = "ckpt.pth"
 EARLY = "ckpt_epoch{}.pt"  # weights of the dense training after that epoch
 RECIPES = ("distilled", "adaptive", "plain")  # of retraining; the first is the default, and not part of names
 STEP_RATE = 0.5  # of --lr, in the steps of iterative pruning: see results/README.md for what else was tried
+AVERAGED = 0.05  # of the steps of retraining: over so many its weights are averaged
 
 
 def parse_args() -> argparse.Namespace:
@@ -410,10 +411,12 @@ class Lab:
         recipe = {"nesterov": True}
         if self.args.retrain == "distilled":
             recipe["teacher"] = self.place(store.network_of(dense)).eval()
+        if more_follows and not self.args.rewind:
+            return recipe | {"lr": STEP_RATE * self.args.lr, "schedule": engine.constant}
+        if not more_follows:
+            recipe["average"] = AVERAGED
         if self.args.rewind:  # weights that are put back have all to learn, whatever pruning took
             return recipe | {"lr": self.args.lr, "schedule": engine.linear}
-        if more_follows:
-            return recipe | {"lr": STEP_RATE * self.args.lr, "schedule": engine.constant}
         left = sum(int(weight.count_nonzero()) for weight in pruning.prunable(network).values())
         share = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(left, 1)
         change = pruning.change(network, masks) / share**0.5 if share > 0 else 0.0

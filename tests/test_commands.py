@@ -109,6 +109,7 @@ def test_pruned_weights_are_zero_at_every_step_of_retraining(experiment, images)
     batches = data.TrainBatches(data.load(str(images), folder, 16), 16, 0, cpu)
     dtype = utils.choose_dtype("auto", cpu)
     recipe = {"lr": 0.1 * max(change, 2 / 2), "schedule": engine.linear, "nesterov": True, "teacher": teacher}
+    recipe["average"] = 0.05
     engine.fit(network, batches, stage="87.5percent_single", epochs=2, dtype=dtype, after_step=zero, **recipe)
     for name, value in net(folder / "87.5percent_single_ckpt.pth").items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
@@ -164,7 +165,7 @@ def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_p
     succeed("main.py", *line, "--retrain", "plain")
     plain = torch.load(tmp_path / "50percent_single_plain_ckpt.pth", weights_only=True)
     assert [entry["lr"] for entry in plain["history"]] == pytest.approx([0.05, 0])
-    succeed("main.py", *line, "--retrain", "adaptive")
+    succeed("main.py", *line, "--retrain", "adaptive", "--retrain-epochs", "8")  # 40 steps: two are averaged
     found = net(tmp_path / "50percent_single_adaptive_ckpt.pth")
     network = models.build("resnet20", 2).to(memory_format=torch.channels_last)
     network.load_state_dict(net(tmp_path / "ckpt.pth"))
@@ -172,8 +173,8 @@ def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_p
     pruning.apply(network, masks)
     batches = data.TrainBatches(data.load(str(images), tmp_path, 16), 16, 0, torch.device("cpu"))
     more = {"dtype": utils.choose_dtype("auto", torch.device("cpu")), "after_step": pruning.keeper(network, masks)}
-    more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True}
-    engine.fit(network, batches, stage="50percent_single", epochs=2, **more)
+    more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True, "average": 0.05}
+    engine.fit(network, batches, stage="50percent_single", epochs=8, **more)
     for name, value in found.items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
 
@@ -183,7 +184,7 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     And the same command gives the same dense network, to the byte."""
     shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
     line = (*SMALL, *SMALL_PRUNING, "--rewind", "1", "--dataset", images, "--checkpoint-dir", tmp_path)
-    prune = (*line, "-pr", "0.3", "-shot", "iter", "--retrain", "adaptive")
+    prune = (*line, "-pr", "0.3", "-shot", "iter", "--retrain", "adaptive", "--step-epochs", "8")
     done = command("main.py", *prune)
     assert done.returncode == 2 and "ckpt_epoch1.pt is missing: main.py --rewind 1 --force" in done.stderr
     succeed("main.py", *line, "--force")
@@ -198,9 +199,9 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     pruning.apply(network, masks)
     batches = data.TrainBatches(data.load(str(images), tmp_path, 16), 16, 0, torch.device("cpu"))
     more = {"dtype": utils.choose_dtype("auto", torch.device("cpu")), "after_step": pruning.keeper(network, masks)}
-    for stage in "last_step", "final":
-        more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True}
-        engine.fit(network, batches, stage=f"30percent_iter_{stage}", epochs=1, **more)
+    more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True}
+    for stage, epochs, average in ("last_step", 8, 0.0), ("final", 1, 0.05):
+        engine.fit(network, batches, stage=f"30percent_iter_{stage}", epochs=epochs, average=average, **more)
     for name, value in found["net"].items():
         torch.testing.assert_close(network.state_dict()[name], value, msg=name)
 

@@ -43,13 +43,14 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_retraining_moves_the_survivors_and_leaves_the_pruned_at_zero():
+@pytest.mark.parametrize("average", [0, 0.5])
+def test_retraining_moves_the_survivors_and_leaves_the_pruned_at_zero(average):
     network = fresh()
     fit(network)
     masks = pruning.choose(network, 200_000)
     pruning.apply(network, masks)
     before = store.plain_state(network)
-    fit(network, after_step=pruning.keeper(network, masks))
+    fit(network, after_step=pruning.keeper(network, masks), average=average)
     for name, weight in pruning.prunable(network).items():
         assert (weight[~masks[name]] == 0).all()
         survivors = masks[name]
@@ -126,6 +127,31 @@ def test_training_is_plain_sgd_on_the_batches():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_training_can_end_on_averaged_weights_with_statistics_of_their_own():
+    """Nine steps on 16, 16 and 8 images thrice: the mean of the first four, then a quarter of each after. BatchNorm is
+    that of two more batches of 16."""
+    network, seen = fresh(), []
+    history = fit(
+        network,
+        epochs=3,
+        average=4 / 9,
+        after_step=lambda: seen.append([weight.detach().clone() for weight in network.parameters()]),
+    )
+    assert history == fit(fresh(), epochs=3)
+    assert len(seen) == 9
+    for index, found in enumerate(network.parameters()):
+        expected = sum(weights[index] for weights in seen[:4]) / 4
+        for weights in seen[4:]:
+            expected = 0.75 * expected + 0.25 * weights[index]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    batches = [inputs for inputs, _ in data.TrainBatches(dataset(), 16, 0, CPU).epoch("test", 3)][:2]
+    maps = [network.conv1(inputs) for inputs in batches]
+    for measure, found in (torch.mean, network.bn1.running_mean), (torch.var, network.bn1.running_var):
+        expected = sum(measure(each, dim=(0, 2, 3)) for each in maps) / 2
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert network.bn1.momentum == 0.1
+
+
 def test_the_seed_decides_every_bit():
     networks = [fresh() for _ in range(3)]
     for network, seed in zip(networks, (0, 0, 1)):
@@ -162,7 +188,8 @@ def test_evaluation_leaves_the_network_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_going_on_from_any_epoch_ends_on_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("average", [0, 0.5])
+def test_going_on_from_any_epoch_ends_on_the_same_bits(average, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "KEEP_SECONDS", 0)
     whole, states = fresh(), []
 
@@ -170,31 +197,36 @@ def test_going_on_from_any_epoch_ends_on_the_same_bits(tmp_path, monkeypatch):
         store.save(tmp_path / f"{len(states)}.pt", state)
         states.append(tmp_path / f"{len(states)}.pt")
 
-    history = fit(whole, epochs=3, keep=keep)
+    history = fit(whole, epochs=3, keep=keep, average=average)
     assert len(states) == 3
     for path in states:
         network = fresh()
         with torch.no_grad():  # nothing of where it ends may come from where it starts
             network.linear.weight.zero_()
-        assert fit(network, epochs=3, state=store.load(path)) == history
+        assert fit(network, epochs=3, state=store.load(path), average=average) == history
         assert same(network, whole)
 
 
-def test_a_signal_stops_after_the_step_in_hand_and_resuming_ends_on_the_same_bits(monkeypatch):
+@pytest.mark.parametrize(("average", "stops"), [(0, 6), (0.5, 7)])  # once more in the pass for BatchNorm
+def test_a_signal_stops_after_the_step_in_hand_and_resuming_ends_on_the_same_bits(average, stops, monkeypatch):
     whole = fresh()
-    history = fit(whole, epochs=2)
-    monkeypatch.setattr(engine, "stop_requested", lambda: True)
+    history = fit(whole, epochs=2, average=average)
+    left = [True] * stops
+    monkeypatch.setattr(engine, "stop_requested", lambda: bool(left) and left.pop())
     kept, resumed = [], None
+
+    def keep(state: dict) -> None:
+        kept.append(copy.deepcopy(state))
+
     while resumed is None:
         network = fresh()
         try:
-            resumed = fit(
-                network, epochs=2, state=kept[-1] if kept else None, keep=lambda s: kept.append(copy.deepcopy(s))
-            )
+            state = kept[-1] if kept else None
+            resumed = fit(network, epochs=2, state=state, keep=keep, average=average)
         except utils.Interrupted:
             assert len(kept) < 12
     steps = len([state for state in kept if state["step"]])
-    assert steps == 6
+    assert (steps, left) == (6, [])
     assert resumed == history
     assert same(network, whole)
 
