@@ -29,6 +29,7 @@ import utils
 DENSE = "ckpt.pth"
 EARLY = "ckpt_epoch{}.pt"  # weights of the dense training after that epoch
 RECIPES = ("distilled", "adaptive", "plain")  # of retraining; the first is the default, and not part of names
+RECIPE = 2  # a number for what they do, other than plain: what one began another cannot end
 STEP_RATE = 0.5  # of --lr, in the steps of iterative pruning: see results/README.md for what else was tried
 AVERAGED = 0.05  # of the steps of retraining: over so many its weights are averaged
 
@@ -293,6 +294,7 @@ class Lab:
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
         self.directory = store.Directory(args.checkpoint_dir, asked, args.resume, args.force, 7 * network_bytes)
         self.is_done = self.check_unfinished(asked)
+        self.directory.begin()
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
         self.test_batches = data.TestBatches(images, device)
         utils.stop_on_signals()
@@ -324,8 +326,7 @@ class Lab:
             mine = {name: self.settings[name] for name in self.settings if name in saved}
             mode = saved.get("mode")
             if mode:
-                mine |= {"allocation": self.args.allocation, "retrain": self.args.retrain}
-                mine["rewind"] = self.args.rewind or 0
+                mine |= self.choices
             if mode and mode not in self.args.shot:
                 mine["mode"] = " ".join(self.args.shot) or "dense"
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
@@ -380,11 +381,18 @@ class Lab:
             raise utils.Failure(f"{self.early_path} is not of the training of {DENSE}: {again}")
         return early["net"]
 
+    @property
+    def choices(self) -> dict:
+        """The settings of pruning that all its results have in common."""
+        args = self.args
+        recipe = 1 if args.retrain == "plain" else RECIPE
+        rewind = args.rewind or 0
+        return {"allocation": args.allocation, "retrain": args.retrain, "recipe": recipe, "rewind": rewind}
+
     def pruned_settings(self, dense: dict, mode: str) -> dict:
-        choices = {"allocation": self.args.allocation, "retrain": self.args.retrain, "rewind": self.args.rewind or 0}
         # What does not say how long it was trained is taken to have had --epochs: see `recipe`.
         guessed = {} if "epochs" in dense.get("settings", {}) else {"epochs": self.args.epochs}
-        return self.settings | choices | guessed | {"mode": mode, "parent": dense["digest"]}
+        return self.settings | self.choices | guessed | {"mode": mode, "parent": dense["digest"]}
 
     def result_name(self, sparsity: float, mode: str) -> str:
         return result_name(sparsity, mode, self.args.allocation, self.args.retrain, self.args.rewind)

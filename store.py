@@ -141,6 +141,7 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
             "mode": str,
             "allocation": str,
             "retrain": str,
+            "recipe": int,
             "rewind": int,
             "epochs": int,
             "seed": int,
@@ -219,7 +220,11 @@ class Directory:
         known = self._read_redo() if resume else {}
         if force:  # what an interrupted run was asked to make again stays as it left it
             known = {name: (path / name).exists() for name in asked} | known
-        self._set_redo(known)
+        self.redo = known
+
+    def begin(self) -> None:
+        """Write down what --force asked for, once it is sure that the run is not refused."""
+        self._set_redo(self.redo)
 
     def has(self, result: str) -> bool:
         """Whether the result of that file name is there and is to stay."""

@@ -154,6 +154,7 @@ def difference(saved: dict, asked: dict) -> str:
     saved = {
         "allocation": "global",
         "retrain": "plain",
+        "recipe": 1,
         "rewind": 0,
         "val_fraction": 0.0,
     } | saved  # files that do not say it are older than the choice

@@ -165,6 +165,7 @@ def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_p
     succeed("main.py", *line, "--retrain", "plain")
     plain = torch.load(tmp_path / "50percent_single_plain_ckpt.pth", weights_only=True)
     assert [entry["lr"] for entry in plain["history"]] == pytest.approx([0.05, 0])
+    assert plain["settings"]["recipe"] == 1  # as in files of before there was another
     succeed("main.py", *line, "--retrain", "adaptive", "--retrain-epochs", "8")  # 40 steps: two are averaged
     found = net(tmp_path / "50percent_single_adaptive_ckpt.pth")
     network = models.build("resnet20", 2).to(memory_format=torch.channels_last)

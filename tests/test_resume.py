@@ -146,13 +146,16 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     line, whole = setting
     (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
     (tmp_path / "resume").mkdir()
-    state = {"settings": {"mode": "iter", "retrain": "distilled", "sparsity": 0.7, "seed": 0}, "state": {}}
-    store.save(tmp_path / "resume" / "70percent_iter_final.pt", state)
-    for change, message in (
-        ((), "sparsity 0.7 there, 0.5 0.8 asked"),
-        (("-pr", "0.7", "--seed", "1"), "seed 0 there, 1 asked"),
+    settings = {"mode": "iter", "retrain": "distilled", "recipe": 2, "sparsity": 0.7, "seed": 0}
+    older = {name: value for name, value in settings.items() if name != "recipe"}
+    for saved, change, message in (
+        (older, ("-pr", "0.7"), "recipe 1 there, 2 asked"),
+        (settings, (), "sparsity 0.7 there, 0.5 0.8 asked"),
+        (settings, ("-pr", "0.7", "--seed", "1", "--force"), "seed 0 there, 1 asked"),
     ):
+        store.save(tmp_path / "resume" / "70percent_iter_final.pt", {"settings": saved, "state": {}})
         done = command(*line, *change, "--checkpoint-dir", tmp_path, "-r")
+        assert not (tmp_path / "resume" / "redo.json").exists()
         assert done.returncode == 2
         assert done.stderr.endswith(f"70percent_iter_final.pt was made with other settings: {message}\n")
     # A loop over commands, started again with -r, comes by those that are done.
@@ -182,7 +185,9 @@ def test_a_directory_that_cannot_be_used_is_refused_at_the_start(tmp_path):
 
 
 def work(folder, asked: list[str], **flags: bool) -> store.Directory:
-    return store.Directory(folder, asked, **({"resume": False, "force": False} | flags), bytes_needed=0)
+    directory = store.Directory(folder, asked, **({"resume": False, "force": False} | flags), bytes_needed=0)
+    directory.begin()
+    return directory
 
 
 def test_forced_results_are_remembered_until_they_are_made(tmp_path):
@@ -251,14 +256,26 @@ def test_a_write_that_fails_in_the_middle_of_a_run_is_one_line_and_can_be_resume
     """A limit on the size of files stands for a full disk: a few bytes are written, then no more."""
     import resource
 
-    script, *arguments = map(str, setting[0])
-    limited = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments, "--checkpoint-dir", str(tmp_path)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert limited.returncode == 1
-    assert limited.stderr == f"main.py: {tmp_path / 'resume' / 'dense.pt'} cannot be written: File too large\n"
+    line, whole = setting
+    script, *arguments = map(str, line)
+
+    def limited(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments, "--checkpoint-dir", str(tmp_path), *more],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    done = limited()
+    assert done.returncode == 1
+    assert done.stderr == f"main.py: {tmp_path / 'resume' / 'dense.pt'} cannot be written: File too large\n"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
+    # What --force asked for is known before anything is made.
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    assert limited("--force").returncode == 1
+    assert results(tmp_path) == whole
+    redo = json.loads((tmp_path / "resume" / "redo.json").read_text())
+    assert redo == {name: True for name in whole if name != "ckpt.pth"}

@@ -50,15 +50,19 @@ def noted(monkeypatch) -> list:
 
 
 def test_recorded_steps_are_the_same_as_ordinary_ones(noted, monkeypatch):
-    """Batches of 16, 16 and 8 images, four times: all the full ones but the first three are played."""
-    recorded, ordinary = fresh(), fresh()
+    """Batches of 16, 16 and 8 images, four times: all the full ones but the first three are played. With all that a
+    step can have: masks, a teacher, averaged weights."""
+    recorded, ordinary, teacher = fresh(), fresh(), fresh()
+    fit(teacher)
+    noted.clear()
+    recipe = {"epochs": 4, "teacher": teacher.eval(), "average": 0.25}
     masks, more = masked(recorded)
-    history = fit(recorded, epochs=4, **more)
+    history = fit(recorded, **recipe, **more)
     assert len(noted) == 4 * 2 - engine.WARM_UP
     assert len(set(noted)) == 1
     monkeypatch.undo()
     _, more = masked(ordinary)
-    assert fit(ordinary, epochs=4, **more) == history
+    assert fit(ordinary, **recipe, **more) == history
     assert same(recorded, ordinary)
     assert all((weight[~masks[name]] == 0).all() for name, weight in pruning.prunable(recorded).items())
 
@@ -95,6 +99,7 @@ def test_a_cuda_graph_does_what_ordinary_steps_do(dtype, monkeypatch, capsys):
     for recording in True, False:
         network = fresh().to(device)
         masks, more = masked(network)
+        more |= {"teacher": fresh().to(device).eval(), "average": 0.25}
         batches = data.TrainBatches(dataset(), 16, 0, device)
         if not recording:
             monkeypatch.setattr(engine, "WARM_UP", 10**9)
