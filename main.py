@@ -207,7 +207,9 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     trunk = lab.directory.kept("iter_trunk", steps)
     if trunk:  # what a kill between writing it and this left
         lab.directory.forget(*(f"iter_step{step}" for step in range(1, trunk["step"] + 1)))
-    for sparsity in targets:
+    # What the trunk of an interrupted run is past begins anew, and replaces it: so that comes last.
+    begun = trunk["step"] if trunk else 0
+    for sparsity in sorted(targets, key=lambda target: len(pruning.levels(lab.weights, target, args.step)) <= begun):
         result = lab.result_name(sparsity, "iter")
         settings = steps | {"sparsity": sparsity, "final_epochs": args.final_epochs}
         stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]

@@ -167,6 +167,25 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     assert (tmp_path / "resume" / "70percent_iter_final.pt").exists()
 
 
+def test_a_target_added_on_resuming_does_not_cost_the_steps_that_are_done(setting, tmp_path):
+    line, whole = setting
+    line = [*line[: line.index("-pr")], "-shot", "iter", *line[line.index("--dataset") :]]
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    trunk = tmp_path / "resume" / "iter_trunk.pt"
+    run = start([*line, "-pr", "0.8"], tmp_path)
+    while not (trunk.exists() and store.load(trunk)["state"]["step"] >= 2):
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.terminate()
+    run.communicate()
+    done = command(*line, "-pr", "0.5", "0.8", "--checkpoint-dir", tmp_path, "-r")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("80percent_iter_final: ") < done.stdout.index("iter_step1: ")
+    assert "iter_step2: " not in done.stdout
+    iterative = {name: content for name, content in whole.items() if "single" not in name}
+    assert results(tmp_path) == iterative
+
+
 def test_two_runs_in_one_directory_do_not_meet(tmp_path):
     first = store.Directory(tmp_path, ["ckpt.pth"], False, False, 0)
     with pytest.raises(utils.Failure, match="another run is at work"):
