@@ -135,7 +135,9 @@ def main() -> None:
     images = data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction)
     lab = Lab(args, images, device)
     if lab.is_done:
-        print(f"{args.checkpoint_dir}: all results are there; an interrupted run with other settings waits")
+        for name in lab.asked:
+            lab.skip(name, lab.settings | (lab.choices if args.pr else {}))
+        print(f"{args.checkpoint_dir}: an interrupted run with other settings waits")
         return
     dense = train_dense(lab)
     if "single" in args.shot:
@@ -283,9 +285,9 @@ class Lab:
                     f"argument -pr: {sparsity} of {self.weights} weights is more than the {most} that "
                     f"--allocation {args.allocation} can prune"
                 )
-        asked = [self.result_name(sparsity, mode) for mode in args.shot for sparsity in args.pr] or [DENSE]
-        for name in {DENSE, *asked}:
-            self.check_same_experiment(args.checkpoint_dir / name, replaced=args.force and name in asked)
+        self.asked = [self.result_name(sparsity, mode) for mode in args.shot for sparsity in args.pr] or [DENSE]
+        for name in {DENSE, *self.asked}:
+            self.check_same_experiment(args.checkpoint_dir / name, replaced=args.force and name in self.asked)
         if args.pr and args.rewind and (args.checkpoint_dir / DENSE).exists():
             early = args.checkpoint_dir / EARLY.format(args.rewind)
             if not early.exists():
@@ -294,8 +296,8 @@ class Lab:
                 )
         # At most the trunk and one stage with momentum, and the next version of each beside it.
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
-        self.directory = store.Directory(args.checkpoint_dir, asked, args.resume, args.force, 7 * network_bytes)
-        self.is_done = self.check_unfinished(asked)
+        self.directory = store.Directory(args.checkpoint_dir, self.asked, args.resume, args.force, 7 * network_bytes)
+        self.is_done = self.check_unfinished()
         self.directory.begin()
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
         self.test_batches = data.TestBatches(images, device)
@@ -321,9 +323,9 @@ class Lab:
         if other := utils.difference(theirs, mine):
             raise utils.Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
 
-    def check_unfinished(self, asked: list[str]) -> bool:
+    def check_unfinished(self) -> bool:
         """Failure, before any work, when an interrupted stage is not one that this command can go on with; but True
-        when it has nothing to do, as all results `asked` for are there."""
+        when it has nothing to do, as all results asked for are there."""
         for path, saved in self.directory.unfinished():
             mine = {name: self.settings[name] for name in self.settings if name in saved}
             mode = saved.get("mode")
@@ -334,7 +336,7 @@ class Lab:
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
                 mine["sparsity"] = " ".join(map(str, self.args.pr))
             if other := utils.difference(saved, mine):
-                if all(self.directory.has(name) for name in asked):
+                if all(self.directory.has(name) for name in self.asked):
                     return True
                 raise utils.Failure(f"{path} was made with other settings: {other}")
         return False

@@ -161,8 +161,10 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     # A loop over commands, started again with -r, comes by those that are done.
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
-    done = command(*line, "--checkpoint-dir", tmp_path, "-r")
+    done = command(*line, "--checkpoint-dir", tmp_path, "-r", "--lr", "0.2")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is there already (lr 0.1 there, 0.2 asked): skipped") == 4
+    assert "an interrupted run with other settings waits" in done.stdout
     assert results(tmp_path) == whole
     assert (tmp_path / "resume" / "70percent_iter_final.pt").exists()
 
