@@ -202,8 +202,12 @@ def prune_one_shot(lab: "Lab", dense: dict, sparsity: float) -> None:
 
 def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     """Prune in steps of `--step` of the weights left, retraining after each, to every one of the ascending
-    `targets`. The steps that targets have in common are the trunk, made once; each target branches off."""
+    `targets`. The steps that targets have in common are the trunk, made once; each target branches off.
+
+    A target of 0, the control, has one step of as many epochs as all those of the largest target, of 90 % when alone.
+    """
     args = lab.args
+    control_epochs = args.step_epochs * len(pruning.levels(lab.weights, max(targets) or 0.9, args.step))
     steps = lab.pruned_settings(dense, "iter") | {"step": args.step, "step_epochs": args.step_epochs}
     early = lab.early_weights(dense) if args.rewind else None
     trunk = lab.directory.kept("iter_trunk", steps)
@@ -211,9 +215,11 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
         lab.directory.forget(*(f"iter_step{step}" for step in range(1, trunk["step"] + 1)))
     # What the trunk of an interrupted run is past begins anew, and replaces it: so that comes last.
     begun = trunk["step"] if trunk else 0
+    wanted = sorted({*targets, *(trunk.get("targets", []) if trunk else [])})
     for sparsity in sorted(targets, key=lambda target: len(pruning.levels(lab.weights, target, args.step)) <= begun):
         result = lab.result_name(sparsity, "iter")
-        settings = steps | {"sparsity": sparsity, "final_epochs": args.final_epochs}
+        last_epochs = args.step_epochs if sparsity else control_epochs
+        settings = steps | {"sparsity": sparsity, "step_epochs": last_epochs, "final_epochs": args.final_epochs}
         stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
         if lab.skip(result, settings):
             lab.directory.forget(*stages)
@@ -231,21 +237,21 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
                 network.load_state_dict(early)
             history = history + lab.train(network, stage, args.step_epochs, steps, masks, recipe)
             trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
-            trunk["targets"] = targets
+            trunk["targets"] = wanted
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
         masks = pruning.choose(network, last, masks, args.allocation)
-        recipe = lab.recipe(network, masks, args.step_epochs, dense, more_follows=True)
+        recipe = lab.recipe(network, masks, last_epochs, dense, more_follows=True)
         before = lab.accuracy_after_pruning(network, masks)
         if early:
             network.load_state_dict(early)
-        for stage, epochs in zip(stages, (args.step_epochs, args.final_epochs)):
+        for stage, epochs in zip(stages, (last_epochs, args.final_epochs)):
             history = history + lab.train(network, stage, epochs, settings, masks, recipe)
             recipe = lab.recipe(network, masks, args.final_epochs, dense)
         lab.finish(result, network, settings, history, dense, before)
         lab.directory.forget(*stages)
     # A command that is done must not take the trunk from under one that was interrupted.
-    if trunk and all(lab.directory.has(lab.result_name(target, "iter")) for target in trunk.get("targets", targets)):
+    if all(lab.directory.has(lab.result_name(target, "iter")) for target in wanted):
         lab.directory.forget("iter_trunk")
 
 

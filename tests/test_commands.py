@@ -158,6 +158,20 @@ def test_between_steps_of_pruning_the_rate_does_not_go_down(experiment):
     assert final == (0.05, 0.0)  # one epoch of the two that the dense network had
 
 
+def test_the_control_is_trained_for_as_many_epochs_as_the_largest_target(experiment, images, tmp_path):
+    shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
+    line = (*SMALL, *SMALL_PRUNING, "-shot", "iter", "--dataset", images, "--checkpoint-dir", tmp_path)
+    succeed("main.py", *line, "-pr", "0.5", "0")
+    names = "0percent_iter_ckpt.pth", "50percent_iter_ckpt.pth"
+    assert (tmp_path / names[1]).read_bytes() == (experiment[0] / names[1]).read_bytes()
+    control, pruned = (torch.load(tmp_path / name, weights_only=True) for name in names)
+    assert control["zeros"] == 0
+    rates = [[(entry["peak_lr"], entry["lr"]) for entry in each["history"]] for each in (control, pruned)]
+    assert rates[0] == rates[1] == [(0.05, 0.05)] * 2 + [(0.05, 0.0)]
+    alone = succeed("main.py", *line, "-pr", "0")  # by itself as for 90 %, which takes 40, 24, 14.4, 8.6 and 3 %
+    assert "0percent_iter_ckpt.pth is there already (step_epochs 2 there, 5 asked): skipped" in alone
+
+
 def test_other_ways_to_retrain_have_files_of_their_own(experiment, images, tmp_path):
     """plain has the rate of dense training; adaptive is another training by hand, without a teacher."""
     shutil.copy(experiment[0] / "ckpt.pth", tmp_path)

@@ -178,10 +178,18 @@ def test_a_target_added_on_resuming_does_not_cost_the_steps_that_are_done(settin
     while not (trunk.exists() and store.load(trunk)["state"]["step"] >= 2):
         assert run.poll() is None
         time.sleep(0.002)
-    run.terminate()
+    run.kill()
     run.communicate()
+    for state in trunk.parent.glob("80percent*"):
+        state.unlink()
+    # The control needs no steps, and leaves those of the others.
+    done = command(*line, "-pr", "0", "--checkpoint-dir", tmp_path, "-r")
+    assert done.returncode == 0, done.stderr
+    assert trunk.exists()
+    (tmp_path / "0percent_iter_ckpt.pth").unlink()
     done = command(*line, "-pr", "0.5", "0.8", "--checkpoint-dir", tmp_path, "-r")
     assert done.returncode == 0, done.stderr
+    assert not trunk.exists()
     assert done.stdout.index("80percent_iter_final: ") < done.stdout.index("iter_step1: ")
     assert "iter_step2: " not in done.stdout
     iterative = {name: content for name, content in whole.items() if "single" not in name}
