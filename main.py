@@ -300,9 +300,9 @@ class Lab:
                 raise utils.Failure(
                     f"{early} is missing: main.py --rewind {args.rewind} --force, without -pr, makes it"
                 )
-        # At most the trunk and one stage with momentum, and the next version of each beside it.
+        # At most the trunk with masks and one stage with momentum and average, and the next version of each beside it.
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
-        self.directory = store.Directory(args.checkpoint_dir, self.asked, args.resume, args.force, 7 * network_bytes)
+        self.directory = store.Directory(args.checkpoint_dir, self.asked, args.resume, args.force, 9 * network_bytes)
         self.is_done = self.check_unfinished()
         self.directory.begin()
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
