@@ -193,11 +193,12 @@ def read_all(directory: Path) -> tuple[dict[Path, dict], list[str]]:
 
 @dataclass
 class Row:
-    """One checkpoint. Sparsities and accuracies in percent, drop in points; `values` is the type that the weights
-    were rounded to for packing, else fp32, `sparsity` is over the pruned layers, `compression` all parameters over
-    those that are not zero, multiply-adds in millions for an image, `accuracy_before` that of the dense network it was
-    pruned from, `accuracy_pruned` what pruning left before retraining, as the file says, `accuracy_margin` half the
-    width of the 95 % interval of `accuracy`."""
+    """One checkpoint. Sparsities and accuracies in percent, drop in points; `epochs` are of its training or, if it
+    was pruned, of all retraining since, `values` is the type that the weights were rounded to for packing, else fp32,
+    `sparsity` is over the pruned layers, `compression` all parameters over those that are not zero, multiply-adds in
+    millions for an image, `accuracy_before` that of the dense network it was pruned from, `accuracy_pruned` what
+    pruning left before retraining, as the file says, `accuracy_margin` half the width of the 95 % interval of
+    `accuracy`."""
 
     file: str
     arch: str
@@ -207,6 +208,7 @@ class Row:
     retrain: str
     rewind: int
     seed: int | None
+    epochs: int | None
     values: str
     sparsity_asked: float | None
     sparsity: float
@@ -242,6 +244,7 @@ class Row:
         zeros, weights = (sum(column) for column in zip(*layers.values()))
         dense_count, nonzero_count = (sum(column) for column in zip(*counts.values()))
         parameters = sum(v.numel() for k, v in checkpoint["net"].items() if k.endswith((".weight", ".bias")))
+        history = checkpoint.get("history")
         before = (
             dense.accuracy if dense else checkpoint.get("dense_acc")
         )  # a file whose parent is gone must be believed
@@ -254,6 +257,7 @@ class Row:
             retrain=settings.get("retrain", (name and name["retrain"]) or ("plain" if name else "")),
             rewind=settings.get("rewind", 0),
             seed=settings.get("seed"),
+            epochs=len(history) if isinstance(history, list) else None,
             values=checkpoint.get("values", "fp32"),
             sparsity_asked=asked,
             sparsity=100 * zeros / weights,

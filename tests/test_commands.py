@@ -345,6 +345,8 @@ def test_the_report_counts_and_measures(experiment, images, tmp_path):
     assert rows[packed_files[1]] == rows[pruned.name] | sizes
     assert int(sizes["file_bytes"]) < 0.2 * int(rows[pruned.name]["file_bytes"])
     row = rows["87.5percent_iter_ckpt.pth"]
+    epochs = {"ckpt.pth": "2", "87.5percent_single_ckpt.pth": "2", "87.5percent_iter_ckpt.packed": "6"}
+    assert {name: rows[name]["epochs"] for name in epochs} == epochs
     assert int(row["zeros"]) == round(0.875 * WEIGHTS)
     assert float(row["sparsity"]) == pytest.approx(100 * int(row["zeros"]) / WEIGHTS)
     parameters = sum(parameter.numel() for parameter in models.build("resnet20", 2).parameters())
