@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL, SMALL_PRUNING, command, write_images
+from conftest import ROOT, SMALL, SMALL_PRUNING, command, commands, write_images
 
 import store
 import utils
@@ -52,67 +52,33 @@ def progress(folder) -> int:
     return max((path.stat().st_mtime_ns for path in paths), default=0)
 
 
-# Imports once, then a fork for each line, which is a command: a life costs no two seconds of imports.
-LIVES = """
-import json, os, runpy, sys
-import torch, torchvision.datasets.folder, torch._dynamo, data, engine, models, pruning, store, utils
-engine.KEEP_SECONDS = 0
-for line in sys.stdin:
-    life = os.fork()
-    if life == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.argv = json.loads(line)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    print(life, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(life, 0)[1]), flush=True)
-"""
-
-
 def test_killed_at_random_moments_and_resumed_the_files_are_the_same(setting, tmp_path, pytestconfig):
     line, whole = setting
-    folder, errors = tmp_path / "checkpoint", tmp_path / "errors"
-    arguments = json.dumps([str(part) for part in (*line, "--checkpoint-dir", folder, "-r")]) + "\n"
+    folder = tmp_path / "checkpoint"
     moments, kills = random.Random(0), 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    with (
-        open(errors, "w") as file,
-        subprocess.Popen(
-            [sys.executable, "-c", LIVES],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            env=environment,
-        ) as lives,
-    ):
 
-        def live(until_killed: bool) -> int:
-            before = progress(folder)
-            lives.stdin.write(arguments)
-            lives.stdin.flush()
-            life = int(lives.stdout.readline())
-            if until_killed:
-                while (
-                    os.path.exists(f"/proc/{life}") and progress(folder) == before
-                ):  # every life gets an epoch further
-                    time.sleep(0.002)
-                time.sleep(moments.uniform(0, 0.4))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(life, signal.SIGKILL)
-            return int(lives.stdout.readline())
+    def live(until_killed: bool) -> subprocess.CompletedProcess:
+        before = progress(folder)
+        life = commands().start(*line, "--checkpoint-dir", folder, "-r", keep_seconds=0)
+        if until_killed:
+            while os.path.exists(f"/proc/{life}") and progress(folder) == before:  # every life gets an epoch further
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.4))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(life, signal.SIGKILL)
+        return commands().wait()
 
-        while kills < pytestconfig.getoption("kills"):
-            code = live(until_killed=True)
-            if code == 0:  # finished before it was killed: start over
-                assert results(folder) == whole
-                for path in folder.glob("*.pth"):
-                    path.unlink()
-            else:
-                assert code == -signal.SIGKILL, errors.read_text()
-                kills += 1
-        assert live(until_killed=False) == 0, errors.read_text()
-        lives.stdin.close()
+    while kills < pytestconfig.getoption("kills"):
+        end = live(until_killed=True)
+        if end.returncode == 0:  # finished before it was killed: start over
+            assert results(folder) == whole
+            for path in folder.glob("*.pth"):
+                path.unlink()
+        else:
+            assert end.returncode == -signal.SIGKILL, end.stderr
+            kills += 1
+    end = live(until_killed=False)
+    assert end.returncode == 0, end.stderr
     assert results(folder) == whole
     assert not (folder / "resume").exists()
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
