@@ -204,10 +204,12 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     """Prune in steps of `--step` of the weights left, retraining after each, to every one of the ascending
     `targets`. The steps that targets have in common are the trunk, made once; each target branches off.
 
-    A target of 0, the control, has one step of as many epochs as all those of the largest target, of 90 % when alone.
+    A target of 0, the control, has one step of as many epochs as all those of the largest target, of 90 % when alone;
+    where weights are put back after each step, as many as one, because others lose what they learnt in the rest.
     """
     args = lab.args
-    control_epochs = args.step_epochs * len(pruning.levels(lab.weights, max(targets) or 0.9, args.step))
+    control_steps = 1 if args.rewind else len(pruning.levels(lab.weights, max(targets) or 0.9, args.step))
+    control_epochs = args.step_epochs * control_steps
     steps = lab.pruned_settings(dense, "iter") | {"step": args.step, "step_epochs": args.step_epochs}
     early = lab.early_weights(dense) if args.rewind else None
     trunk = lab.directory.kept("iter_trunk", steps)
@@ -300,9 +302,10 @@ class Lab:
                 raise utils.Failure(
                     f"{early} is missing: main.py --rewind {args.rewind} --force, without -pr, makes it"
                 )
-        # At most the trunk with masks and one stage with momentum and average, and the next version of each beside it.
+        # Results; the trunk with masks, the last step, a stage with momentum and average, the next versions of both.
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
-        self.directory = store.Directory(args.checkpoint_dir, self.asked, args.resume, args.force, 9 * network_bytes)
+        needed = (10 + len({DENSE, *self.asked})) * network_bytes
+        self.directory = store.Directory(args.checkpoint_dir, self.asked, args.resume, args.force, needed)
         self.is_done = self.check_unfinished()
         self.directory.begin()
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
@@ -337,6 +340,8 @@ class Lab:
             mode = saved.get("mode")
             if mode:
                 mine |= self.choices
+                epochs = ("retrain_epochs", "step", "final_epochs", *(["step_epochs"] if saved.get("sparsity") else []))
+                mine |= {name: getattr(self.args, name) for name in epochs if name in saved}
             if mode and mode not in self.args.shot:
                 mine["mode"] = " ".join(self.args.shot) or "dense"
             elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
@@ -480,7 +485,7 @@ class Lab:
         seconds = timedelta(seconds=round(time.monotonic() - begin))
         last = history[-1]
         print(
-            f"{stage}: sparsity {100 * found:.2f} %, {epochs} epochs in {seconds}, learning rate from "
+            f"{stage}: sparsity {100 * found:.2f} %, {epochs} epochs in {seconds}, learning rate up to "
             f"{recipe['lr']:.4f}, training loss {last['loss']:.4f}, accuracy {last['accuracy']:.2f} %"
         )
         return [entry | {"sparsity": found, "peak_lr": recipe["lr"]} for entry in history]

@@ -199,13 +199,13 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     And the same command gives the same dense network, to the byte."""
     shutil.copy(experiment[0] / "ckpt.pth", tmp_path)
     line = (*SMALL, *SMALL_PRUNING, "--rewind", "1", "--dataset", images, "--checkpoint-dir", tmp_path)
-    prune = (*line, "-pr", "0.3", "-shot", "iter", "--retrain", "adaptive", "--step-epochs", "8")
+    prune = (*line, "-pr", "0.3", "-shot", "iter", "--step-epochs", "8")
     done = command("main.py", *prune)
     assert done.returncode == 2 and "ckpt_epoch1.pt is missing: main.py --rewind 1 --force" in done.stderr
     succeed("main.py", *line, "--force")
     assert (tmp_path / "ckpt.pth").read_bytes() == (experiment[0] / "ckpt.pth").read_bytes()
     succeed("main.py", *prune)
-    found = torch.load(tmp_path / "30percent_iter_adaptive_rewind1_ckpt.pth", weights_only=True)
+    found = torch.load(tmp_path / "30percent_iter_rewind1_ckpt.pth", weights_only=True)
     network = models.build("resnet20", 2)
     network.load_state_dict(net(tmp_path / "ckpt.pth"))
     masks = pruning.choose(network, round(0.3 * WEIGHTS))  # one step of at most 0.4
@@ -215,6 +215,7 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     batches = data.TrainBatches(data.load(str(images), tmp_path, 16), 16, 0, torch.device("cpu"))
     more = {"dtype": utils.choose_dtype("auto", torch.device("cpu")), "after_step": pruning.keeper(network, masks)}
     more |= {"lr": 0.1, "schedule": engine.linear, "nesterov": True}
+    more["teacher"] = store.network_of(store.load_checkpoint(tmp_path / "ckpt.pth")).eval()
     for stage, epochs, average in ("last_step", 8, 0.0), ("final", 1, 0.05):
         engine.fit(network, batches, stage=f"30percent_iter_{stage}", epochs=epochs, average=average, **more)
     for name, value in found["net"].items():

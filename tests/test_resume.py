@@ -118,6 +118,7 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
         (older, ("-pr", "0.7"), "recipe 1 there, 2 asked"),
         (settings, (), "sparsity 0.7 there, 0.5 0.8 asked"),
         (settings, ("-pr", "0.7", "--seed", "1", "--force"), "seed 0 there, 1 asked"),
+        (settings | {"final_epochs": 9}, ("-pr", "0.7"), "final_epochs 9 there, 3 asked"),
     ):
         store.save(tmp_path / "resume" / "70percent_iter_final.pt", {"settings": saved, "state": {}})
         done = command(*line, *change, "--checkpoint-dir", tmp_path, "-r")
