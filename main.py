@@ -12,6 +12,7 @@ if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import itertools
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -134,9 +135,9 @@ def main() -> None:
     utils.set_up(device)
     images = data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction)
     lab = Lab(args, images, device)
-    if lab.is_done:
-        for name in lab.asked:
-            lab.skip(name, lab.settings | (lab.choices if args.pr else {}))
+    if lab.another_waits:
+        for name, settings in lab.asked.items():
+            lab.skip(name, settings)
         print(f"{args.checkpoint_dir}: an interrupted run with other settings waits")
         return
     dense = train_dense(lab)
@@ -150,7 +151,7 @@ def main() -> None:
 
 def train_dense(lab: "Lab") -> dict:
     """Make ckpt.pth if it is not there; return it."""
-    settings = lab.settings | {"epochs": lab.args.epochs}
+    settings = lab.dense_settings
     path = lab.directory.path / DENSE
     if lab.directory.has(DENSE):
         lab.directory.forget("dense")
@@ -187,7 +188,7 @@ def train_dense(lab: "Lab") -> dict:
 def prune_one_shot(lab: "Lab", dense: dict, sparsity: float) -> None:
     """Prune the dense network to `sparsity` at once, retrain, save."""
     result, stage = lab.result_name(sparsity, "single"), f"{100 * sparsity:g}percent_single"
-    settings = lab.pruned_settings(dense, "single") | {"sparsity": sparsity, "retrain_epochs": lab.args.retrain_epochs}
+    settings = lab.pruned_settings("single", sparsity, dense)
     if lab.skip(result, settings):
         lab.directory.forget(stage)
         return
@@ -208,24 +209,22 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     where weights are put back after each step, as many as one, because others lose what they learnt in the rest.
     """
     args = lab.args
-    control_steps = 1 if args.rewind else len(pruning.levels(lab.weights, max(targets) or 0.9, args.step))
-    control_epochs = args.step_epochs * control_steps
-    steps = lab.pruned_settings(dense, "iter") | {"step": args.step, "step_epochs": args.step_epochs}
-    early = lab.early_weights(dense) if args.rewind else None
-    trunk = lab.directory.kept("iter_trunk", steps)
+    steps = lab.pruned_settings("iter", None, dense)
+    todo = {}
+    for sparsity in targets:
+        settings = lab.pruned_settings("iter", sparsity, dense)
+        if lab.skip(lab.result_name(sparsity, "iter"), settings):
+            lab.directory.forget(*iterative_stages(sparsity))
+        else:
+            todo[sparsity] = settings
+    early = lab.early_weights(dense) if todo and args.rewind else None
+    trunk = lab.directory.kept("iter_trunk", steps) if todo else None
     if trunk:  # what a kill between writing it and this left
         lab.directory.forget(*(f"iter_step{step}" for step in range(1, trunk["step"] + 1)))
     # What the trunk of an interrupted run is past begins anew, and replaces it: so that comes last.
     begun = trunk["step"] if trunk else 0
-    wanted = sorted({*targets, *(trunk.get("targets", []) if trunk else [])})
-    for sparsity in sorted(targets, key=lambda target: len(pruning.levels(lab.weights, target, args.step)) <= begun):
-        result = lab.result_name(sparsity, "iter")
-        last_epochs = args.step_epochs if sparsity else control_epochs
-        settings = steps | {"sparsity": sparsity, "step_epochs": last_epochs, "final_epochs": args.final_epochs}
-        stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
-        if lab.skip(result, settings):
-            lab.directory.forget(*stages)
-            continue
+    for sparsity in sorted(todo, key=lambda target: len(pruning.levels(lab.weights, target, args.step)) <= begun):
+        settings, stages = todo[sparsity], iterative_stages(sparsity)
         *shared, last = pruning.levels(lab.weights, sparsity, args.step)
         if trunk is None or trunk["step"] > len(shared):
             trunk = {"step": 0, "net": dense["net"], "masks": None, "history": []}
@@ -239,22 +238,25 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
                 network.load_state_dict(early)
             history = history + lab.train(network, stage, args.step_epochs, steps, masks, recipe)
             trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
-            trunk["targets"] = wanted
+            trunk["targets"] = targets
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
         masks = pruning.choose(network, last, masks, args.allocation)
-        recipe = lab.recipe(network, masks, last_epochs, dense, more_follows=True)
+        recipe = lab.recipe(network, masks, settings["step_epochs"], dense, more_follows=True)
         before = lab.accuracy_after_pruning(network, masks)
         if early:
             network.load_state_dict(early)
-        for stage, epochs in zip(stages, (last_epochs, args.final_epochs)):
-            history = history + lab.train(network, stage, epochs, settings, masks, recipe)
-            recipe = lab.recipe(network, masks, args.final_epochs, dense)
-        lab.finish(result, network, settings, history, dense, before)
+        history = history + lab.train(network, stages[0], settings["step_epochs"], settings, masks, recipe)
+        recipe = lab.recipe(network, masks, args.final_epochs, dense)
+        history = history + lab.train(network, stages[1], args.final_epochs, settings, masks, recipe)
+        lab.finish(lab.result_name(sparsity, "iter"), network, settings, history, dense, before)
         lab.directory.forget(*stages)
-    # A command that is done must not take the trunk from under one that was interrupted.
-    if all(lab.directory.has(lab.result_name(target, "iter")) for target in wanted):
-        lab.directory.forget("iter_trunk")
+    lab.directory.forget("iter_trunk")
+
+
+def iterative_stages(sparsity: float) -> list[str]:
+    """The two stages of iterative pruning that a target does not share with others."""
+    return [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
 
 
 def result_name(sparsity: float, mode: str, allocation: str, retrain: str, rewind: int | None) -> str:
@@ -293,20 +295,20 @@ class Lab:
                     f"argument -pr: {sparsity} of {self.weights} weights is more than the {most} that "
                     f"--allocation {args.allocation} can prune"
                 )
-        self.asked = [self.result_name(sparsity, mode) for mode in args.shot for sparsity in args.pr] or [DENSE]
+        self.dense_settings = self.settings | {"epochs": args.epochs}
+        self.asked = {} if args.pr else {DENSE: self.dense_settings}
+        for mode, sparsity in itertools.product(args.shot, args.pr):
+            self.asked[self.result_name(sparsity, mode)] = self.pruned_settings(mode, sparsity)
         for name in {DENSE, *self.asked}:
             self.check_same_experiment(args.checkpoint_dir / name, replaced=args.force and name in self.asked)
-        if args.pr and args.rewind and (args.checkpoint_dir / DENSE).exists():
-            early = args.checkpoint_dir / EARLY.format(args.rewind)
-            if not early.exists():
-                raise utils.Failure(
-                    f"{early} is missing: main.py --rewind {args.rewind} --force, without -pr, makes it"
-                )
         # Results; the trunk with masks, the last step, a stage with momentum and average, the next versions of both.
         network_bytes = 4 * sum(value.numel() for value in network.state_dict().values())
         needed = (10 + len({DENSE, *self.asked})) * network_bytes
-        self.directory = store.Directory(args.checkpoint_dir, self.asked, args.resume, args.force, needed)
-        self.is_done = self.check_unfinished()
+        self.directory = store.Directory(args.checkpoint_dir, list(self.asked), args.resume, args.force, needed)
+        self.another_waits = self.check_unfinished()
+        missing = not all(map(self.directory.has, self.asked))
+        if missing and args.pr and args.rewind and (args.checkpoint_dir / DENSE).exists():
+            self.early_weights(store.load_checkpoint(args.checkpoint_dir / DENSE))
         self.directory.begin()
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
         self.test_batches = data.TestBatches(images, device)
@@ -335,19 +337,23 @@ class Lab:
     def check_unfinished(self) -> bool:
         """Failure, before any work, when an interrupted stage is not one that this command can go on with; but True
         when it has nothing to do, as all results asked for are there."""
-        for path, saved in self.directory.unfinished():
-            mine = {name: self.settings[name] for name in self.settings if name in saved}
-            mode = saved.get("mode")
-            if mode:
-                mine |= self.choices
-                epochs = ("retrain_epochs", "step", "final_epochs", *(["step_epochs"] if saved.get("sparsity") else []))
-                mine |= {name: getattr(self.args, name) for name in epochs if name in saved}
-            if mode and mode not in self.args.shot:
-                mine["mode"] = " ".join(self.args.shot) or "dense"
-            elif "sparsity" in saved and saved["sparsity"] not in self.args.pr:
-                mine["sparsity"] = " ".join(map(str, self.args.pr))
+        args = self.args
+        for path, saved, state in self.directory.unfinished():
+            mode, sparsity = saved.get("mode"), saved.get("sparsity")
+            if not mode and self.directory.has(DENSE):
+                continue  # a kill between writing the one and deleting the other left it
+            mine = self.pruned_settings(mode, sparsity) if mode else self.dense_settings
+            mine = {name: value for name, value in mine.items() if name in saved or name in self.choices}
+            # The steps of a trunk are for certain targets, and others would go past them or begin anew.
+            targets = state.get("targets", []) if sparsity is None else [sparsity]
+            waiting = [target for target in targets if target not in args.pr]
+            if mode and mode not in args.shot:
+                mine["mode"] = " ".join(args.shot) or "dense"
+            elif any(not self.directory.has(self.result_name(target, mode)) for target in waiting):
+                saved = saved | {"sparsity": " ".join(map(str, waiting))}
+                mine["sparsity"] = " ".join(map(str, args.pr))
             if other := utils.difference(saved, mine):
-                if all(self.directory.has(name) for name in self.asked):
+                if all(map(self.directory.has, self.asked)):
                     return True
                 raise utils.Failure(f"{path} was made with other settings: {other}")
         return False
@@ -378,13 +384,15 @@ class Lab:
     @property
     def early_path(self) -> Path:
         """Where the weights are that --rewind goes back to."""
-        return self.directory.path / EARLY.format(self.args.rewind)
+        return self.args.checkpoint_dir / EARLY.format(self.args.rewind)
 
     def early_weights(self, dense: dict) -> dict:
         """The weights that --rewind goes back to; Failure without those of the training of `dense`."""
         again = (
             f"main.py --rewind {self.args.rewind} --force, without -pr, trains the dense network again and keeps them"
         )
+        if not self.early_path.exists():
+            raise utils.Failure(f"{self.early_path} is missing: {again}")
         early = store.load(self.early_path)
         good = isinstance(early, dict) and isinstance(early.get("net"), dict)
         good = good and early.get("settings") == dense.get("settings") and early["net"].keys() == dense["net"].keys()
@@ -404,10 +412,26 @@ class Lab:
         rewind = args.rewind or 0
         return {"allocation": args.allocation, "retrain": args.retrain, "recipe": recipe, "rewind": rewind}
 
-    def pruned_settings(self, dense: dict, mode: str) -> dict:
-        # What does not say how long it was trained is taken to have had --epochs: see `recipe`.
-        guessed = {} if "epochs" in dense.get("settings", {}) else {"epochs": self.args.epochs}
-        return self.settings | self.choices | guessed | {"mode": mode, "parent": dense["digest"]}
+    def pruned_settings(self, mode: str, sparsity: float | None, dense: dict | None = None) -> dict:
+        """The settings of a result; without a sparsity those of the steps that iterative targets share. The dense
+        network it is pruned from is one of them, when that is known."""
+        args = self.args
+        settings = self.settings | self.choices | {"mode": mode}
+        if mode == "single":
+            settings["retrain_epochs"] = args.retrain_epochs
+        else:
+            settings |= {"step": args.step, "step_epochs": args.step_epochs}
+        if sparsity is not None:
+            settings["sparsity"] = sparsity
+        if sparsity is not None and mode == "iter":
+            settings["final_epochs"] = args.final_epochs
+        if sparsity == 0 and mode == "iter" and not args.rewind:  # the control: see `prune_iteratively`
+            settings["step_epochs"] *= len(pruning.levels(self.weights, max(args.pr, default=0) or 0.9, args.step))
+        if dense:
+            settings["parent"] = dense["digest"]
+            # What does not say how long it was trained is taken to have had --epochs: see `recipe`.
+            settings |= {} if "epochs" in dense.get("settings", {}) else {"epochs": args.epochs}
+        return settings
 
     def result_name(self, sparsity: float, mode: str) -> str:
         return result_name(sparsity, mode, self.args.allocation, self.args.retrain, self.args.rewind)

@@ -214,8 +214,7 @@ class Directory:
         if unfinished and not (resume or force):
             names = ", ".join(unfinished)
             raise Failure(f"{path} holds an interrupted run ({names}): -r goes on with it, --force starts again")
-        if not resume:
-            self.forget(*unfinished)
+        self.stale = [] if resume else unfinished
         self.redo_file = self.states / "redo.json"
         known = self._read_redo() if resume else {}
         if force:  # what an interrupted run was asked to make again stays as it left it
@@ -223,7 +222,9 @@ class Directory:
         self.redo = known
 
     def begin(self) -> None:
-        """Write down what --force asked for, once it is sure that the run is not refused."""
+        """Forget what is not gone on with and write down what --force asked for, once it is sure that the run is not
+        refused."""
+        self.forget(*self.stale)
         self._set_redo(self.redo)
 
     def has(self, result: str) -> bool:
@@ -239,9 +240,10 @@ class Directory:
         """Write the state from which `stage` can go on."""
         save(self.states / f"{stage}.pt", {"settings": settings, "state": state})
 
-    def unfinished(self) -> list[tuple[Path, dict]]:
-        """The states of an interrupted run, and the settings that each was made with."""
-        return [(path, self._read_state(path)["settings"]) for path in sorted(self.states.glob("*.pt"))]
+    def unfinished(self) -> list[tuple[Path, dict, dict]]:
+        """The states of an interrupted run that this one goes on with: file, settings, state."""
+        paths = [path for path in sorted(self.states.glob("*.pt")) if path.stem not in self.stale]
+        return [(path, saved["settings"], saved["state"]) for path in paths if (saved := self._read_state(path))]
 
     def kept(self, stage: str, settings: dict) -> dict | None:
         """The state that `keep` wrote last, None without one. Failure when it was made with other settings."""

@@ -204,6 +204,16 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     assert done.returncode == 2 and "ckpt_epoch1.pt is missing: main.py --rewind 1 --force" in done.stderr
     succeed("main.py", *line, "--force")
     assert (tmp_path / "ckpt.pth").read_bytes() == (experiment[0] / "ckpt.pth").read_bytes()
+    # Nor with those of another training, and what waits is not thrown away for it.
+    early = (tmp_path / "ckpt_epoch1.pt").read_bytes()
+    store.save(tmp_path / "ckpt_epoch1.pt", torch.load(tmp_path / "ckpt_epoch1.pt") | {"settings": {}})
+    (tmp_path / "resume").mkdir()
+    store.save(tmp_path / "resume" / "dense.pt", {"settings": {}, "state": {}})
+    done = command("main.py", *prune, "--force")
+    assert done.returncode == 2 and "ckpt_epoch1.pt is not of the training of ckpt.pth" in done.stderr
+    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["dense.pt"]
+    (tmp_path / "resume" / "dense.pt").unlink()
+    (tmp_path / "ckpt_epoch1.pt").write_bytes(early)
     succeed("main.py", *prune)
     found = torch.load(tmp_path / "30percent_iter_rewind1_ckpt.pth", weights_only=True)
     network = models.build("resnet20", 2)

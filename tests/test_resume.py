@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,8 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
         (settings, (), "sparsity 0.7 there, 0.5 0.8 asked"),
         (settings, ("-pr", "0.7", "--seed", "1", "--force"), "seed 0 there, 1 asked"),
         (settings | {"final_epochs": 9}, ("-pr", "0.7"), "final_epochs 9 there, 3 asked"),
+        # The control is trained for as long as the largest target.
+        (settings | {"sparsity": 0.0, "step_epochs": 3}, ("-pr", "0"), "step_epochs 3 there, 4 asked"),
     ):
         store.save(tmp_path / "resume" / "70percent_iter_final.pt", {"settings": saved, "state": {}})
         done = command(*line, *change, "--checkpoint-dir", tmp_path, "-r")
@@ -128,9 +131,10 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     # A loop over commands, started again with -r, comes by those that are done.
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
-    done = command(*line, "--checkpoint-dir", tmp_path, "-r", "--lr", "0.2")
+    done = command(*line, "--checkpoint-dir", tmp_path, "-r", "--lr", "0.2", "--final-epochs", "9")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is there already (lr 0.1 there, 0.2 asked): skipped") == 4
+    assert done.stdout.count("is there already (lr 0.1 there, 0.2 asked): skipped") == 2
+    assert done.stdout.count("is there already (lr 0.1 there, 0.2 asked, final_epochs 3 there, 9 asked): skipped") == 2
     assert "an interrupted run with other settings waits" in done.stdout
     assert results(tmp_path) == whole
     assert (tmp_path / "resume" / "70percent_iter_final.pt").exists()
@@ -149,11 +153,11 @@ def test_a_target_added_on_resuming_does_not_cost_the_steps_that_are_done(settin
     run.communicate()
     for state in trunk.parent.glob("80percent*"):
         state.unlink()
-    # The control needs no steps, and leaves those of the others.
-    done = command(*line, "-pr", "0", "--checkpoint-dir", tmp_path, "-r")
-    assert done.returncode == 0, done.stderr
-    assert trunk.exists()
-    (tmp_path / "0percent_iter_ckpt.pth").unlink()
+    steps = trunk.read_bytes()
+    done = command(*line, "-pr", "0.5", "--checkpoint-dir", tmp_path, "-r")
+    assert done.returncode == 2
+    assert done.stderr == f"main.py: {trunk} was made with other settings: sparsity 0.8 there, 0.5 asked\n"
+    assert trunk.read_bytes() == steps
     done = command(*line, "-pr", "0.5", "0.8", "--checkpoint-dir", tmp_path, "-r")
     assert done.returncode == 0, done.stderr
     assert not trunk.exists()
@@ -213,7 +217,10 @@ def test_forced_results_are_remembered_until_they_are_made(tmp_path):
     assert not (tmp_path / "resume").exists()
 
 
-def test_damaged_states_are_named(tmp_path):
+def test_damaged_states_are_named(setting, tmp_path):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    (tmp_path / "found.pth").write_bytes(whole["50percent_single_ckpt.pth"])
     directory = work(tmp_path, [])
     store.save(tmp_path / "resume" / "a.pt", {"settings": 1})
     (tmp_path / "resume" / "b.pt").write_text("hello")
@@ -224,6 +231,13 @@ def test_damaged_states_are_named(tmp_path):
     directory.lock.release()
     with pytest.raises(utils.Failure, match=r"redo\.json is damaged"):
         work(tmp_path, [], resume=True)
+    shutil.rmtree(tmp_path / "resume")
+    settings = store.load(tmp_path / "found.pth")["settings"]
+    directory.states.mkdir()
+    directory.keep("50percent_single", settings, {"epoch": 1, "step": 0, "history": []})
+    done = command(*line, "--checkpoint-dir", tmp_path, "-r")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the state of 50percent_single is damaged ('net'): --force starts again" in done.stderr
 
 
 def test_a_state_whose_result_is_there_is_cleared(setting, tmp_path):
@@ -236,14 +250,14 @@ def test_a_state_whose_result_is_there_is_cleared(setting, tmp_path):
         store.save(tmp_path / "resume" / f"{stage}.pt", {"settings": {}, "state": {}})
     settings = store.load(tmp_path / "80percent_iter_ckpt.pth")["settings"]
     settings = {name: settings[name] for name in settings if name not in ("sparsity", "final_epochs")}
-    # The steps that a target has in common with others stay until all of them are there.
-    for targets, left in ([0.5, 0.9], ["iter_trunk.pt"]), ([0.5, 0.8], []):
+    # All stays while the steps that another command's target needs are there.
+    for targets, left in ([0.5, 0.9], 4), ([0.5, 0.8], 0):
         trunk = {"settings": settings, "state": {"step": 1, "targets": targets}}
         store.save(tmp_path / "resume" / "iter_trunk.pt", trunk)
         done = command(*line, "--checkpoint-dir", tmp_path, "-r")
         assert done.returncode == 0, done.stderr
         assert results(tmp_path) == whole
-        assert [path.name for path in tmp_path.glob("resume/*")] == left
+        assert len(list(tmp_path.glob("resume/*"))) == left
     assert not (tmp_path / "resume").exists()
 
 
