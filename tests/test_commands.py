@@ -208,7 +208,7 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     early = (tmp_path / "ckpt_epoch1.pt").read_bytes()
     store.save(tmp_path / "ckpt_epoch1.pt", torch.load(tmp_path / "ckpt_epoch1.pt") | {"settings": {}})
     (tmp_path / "resume").mkdir()
-    store.save(tmp_path / "resume" / "dense.pt", {"settings": {}, "state": {}})
+    store.save(tmp_path / "resume" / "dense.pt", {"settings": {"mode": "single"}, "state": {}})
     done = command("main.py", *prune, "--force")
     assert done.returncode == 2 and "ckpt_epoch1.pt is not of the training of ckpt.pth" in done.stderr
     assert [path.name for path in (tmp_path / "resume").iterdir()] == ["dense.pt"]
