@@ -85,6 +85,7 @@ def main() -> int:
         problems += wrong
     if len(directories) > 1 and any(tables):
         report_seeds(tables, directories[0])
+        print_mixed([checkpoints for checkpoints, _ in found])
     return 1 if problems else 0
 
 
@@ -155,6 +156,20 @@ def report_seeds(tables: list[list["Row"]], directory: Path) -> None:
         files = {row.file for row in rows}
         shown += [row for row in rows if row.file.endswith(".pth") or row.file.replace(".packed", ".pth") not in files]
     store.write(directory / "seeds.png", picture(shown, "drop"))
+
+
+def print_mixed(directories: list[dict[Path, dict]]) -> None:
+    """Print which files were made with other settings than the first of their name, beside another seed: a mean over
+    them says little."""
+    first = {}
+    for path, checkpoint in itertools.chain.from_iterable(directory.items() for directory in directories):
+        if "settings" not in checkpoint:
+            continue
+        settings = utils.OLDER | checkpoint["settings"] | {"seed": None, "parent": None}
+        model, wanted = first.setdefault(path.name, (path, settings))
+        names = [name for name in wanted | settings if wanted.get(name) != settings.get(name)]
+        if names:
+            print(f"{path} and {model} differ in more than the seed: {', '.join(names)}")
 
 
 def complain(problems: list[str]) -> int:

@@ -149,15 +149,13 @@ def derive_seed(*key: object) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
 
+# What files that do not say it were made with: they are older than the choice.
+OLDER = {"allocation": "global", "retrain": "plain", "recipe": 1, "rewind": 0, "val_fraction": 0.0}
+
+
 def difference(saved: dict, asked: dict) -> str:
     """The settings in which two runs differ, for a person to read; empty when they agree."""
-    saved = {
-        "allocation": "global",
-        "retrain": "plain",
-        "recipe": 1,
-        "rewind": 0,
-        "val_fraction": 0.0,
-    } | saved  # files that do not say it are older than the choice
+    saved = OLDER | saved
     return ", ".join(
         f"{name} {saved.get(name)} there, {value} asked" for name, value in asked.items() if saved.get(name) != value
     )

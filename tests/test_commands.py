@@ -279,8 +279,15 @@ def test_over_several_directories_there_are_mean_and_deviation(experiment, image
     store.save(folders[1] / "50percent_iter_ckpt.pth", liar)
     del liar["settings"]["retrain"]  # as in a file from before there was a choice
     store.save(folders[1] / "50percent_iter_plain_ckpt.pth", liar)
+    other = torch.load(folders[1] / "50percent_single_ckpt.pth", weights_only=True)
+    other["settings"] |= {"lr": 1.0, "seed": 1}
+    del other["settings"]["recipe"]
+    store.save(folders[1] / "50percent_single_ckpt.pth", other)
     done = command("test.py", "--checkpoint-dir", *folders, folders[0], "--dataset", images, "--device", "cpu")
     assert "over 2 directories" in done.stdout, "one given twice counts once"
+    name = "50percent_single_ckpt.pth"
+    assert f"{folders[1] / name} and {folders[0] / name} differ in more than the seed: recipe, lr\n" in done.stdout
+    assert done.stdout.count("differ in more") == 1
     rows = []
     for folder in folders:
         with open(folder / "results.csv") as file:
@@ -291,7 +298,7 @@ def test_over_several_directories_there_are_mean_and_deviation(experiment, image
     plain = rows[1]["50percent_iter_plain_ckpt.pth"]
     assert (plain["mode"], plain["retrain"], plain["sparsity_asked"]) == ("iter", "plain", "50.0")
     assert seeds.pop("50percent_iter_plain_ckpt.pth")["seeds"] == "0"
-    assert {row["seeds"] for row in seeds.values()} == {"0 0"}
+    assert {row["seeds"] for row in seeds.values()} == {"0 0", "0 1"}
     for name, row in seeds.items():
         for head, field in ("acc. after %", "accuracy"), ("drop pts", "drop"):
             values = [float(table[name][field]) for table in rows if table[name][field]]
