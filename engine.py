@@ -116,16 +116,16 @@ def fit(
     averaged = Average(network, average * steps) if average else None
     start, first, history = 0, 0, []
     if state:
-        try:
-            start, first, history = state["epoch"], state["step"], list(state["history"])
-            network.load_state_dict(state["net"])
-            optimizer.load_state_dict(state["optimizer"])
-            optimizer.param_groups[0]["lr"] = rate
-            sums.copy_(state["sums"])
-            if averaged:
-                torch._foreach_copy_(averaged.values, state["average"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise Failure(f"the state of {stage} is damaged ({error}): --force starts again") from None
+        parts = {"epoch", "step", "history", "net", "optimizer", "sums"} | ({"average"} if averaged else set())
+        if not parts <= state.keys():
+            raise Failure(f"the state of {stage} is damaged: --force starts again")
+        start, first, history = state["epoch"], state["step"], list(state["history"])
+        network.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["lr"] = rate
+        sums.copy_(state["sums"])
+        if averaged:
+            torch._foreach_copy_(averaged.values, state["average"])
     train_step = Step(network, optimizer, sums, dtype, after_step, teacher)
 
     def keep_state(epoch: int, step: int) -> None:

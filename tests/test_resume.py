@@ -237,7 +237,7 @@ def test_damaged_states_are_named(setting, tmp_path):
     directory.keep("50percent_single", settings, {"epoch": 1, "step": 0, "history": []})
     done = command(*line, "--checkpoint-dir", tmp_path, "-r")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the state of 50percent_single is damaged ('net'): --force starts again" in done.stderr
+    assert "the state of 50percent_single is damaged: --force starts again" in done.stderr
 
 
 def test_a_state_whose_result_is_there_is_cleared(setting, tmp_path):
