@@ -1,6 +1,5 @@
 """What makes training fast leaves its results as they were."""
 
-import copy
 import ctypes
 import subprocess
 import sys
@@ -114,18 +113,30 @@ def test_a_cuda_graph_does_what_ordinary_steps_do(dtype, monkeypatch, capsys):
         torch.testing.assert_close(graph, plain, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_training_goes_on_from_a_state(monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+)
+def test_retraining_goes_on_from_a_file_on_every_device(name, tmp_path, monkeypatch):
     """What the graph reads is what was loaded."""
-    device, states = torch.device("cuda"), []
+    device, paths = torch.device(name), [tmp_path / f"{epoch}.pt" for epoch in range(6)]
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(engine, "KEEP_SECONDS", 0)
-    batches = data.TrainBatches(dataset(), 16, 0, device)
-    whole, rest = fresh().to(device), fresh().to(device)
-    more = {"stage": "test", "epochs": 6, "lr": 0.05}
-    engine.fit(whole, batches, keep=lambda state: states.append(copy.deepcopy(state)), **more)
-    engine.fit(rest, batches, state=states[2], **more)
-    for (name, one), other in zip(whole.named_parameters(), rest.parameters(), strict=True):
+    batches, networks = data.TrainBatches(dataset(), 16, 0, device), []
+    for state in None, paths[2]:
+        networks.append(fresh().to(device))
+        more = masked(networks[-1])[1] | {
+            "teacher": fresh().to(device).eval(),
+            "average": 0.5,
+            "stage": "test",
+            "epochs": 6,
+            "lr": 0.05,
+        }
+        if state:
+            engine.fit(networks[-1], batches, state=store.load(state), **more)
+        else:
+            left = iter(paths)
+            engine.fit(networks[-1], batches, keep=lambda state, left=left: store.save(next(left), state), **more)
+    for (name, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, msg=name)
 
 
