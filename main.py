@@ -30,8 +30,8 @@ import utils
 DENSE = "ckpt.pth"
 EARLY = "ckpt_epoch{}.pt"  # weights of the dense training after that epoch
 RECIPES = ("distilled", "adaptive", "plain")  # of retraining; the first is the default, and not part of names
-RECIPE = 2  # a number for what they do, other than plain: what one began another cannot end
-STEP_RATE = 0.5  # of --lr, in the steps of iterative pruning: see results/README.md for what else was tried
+RECIPE = 3  # a number for what they do, other than plain: what one began another cannot end
+HIGH = 0.5  # of --lr, in the steps of iterative pruning, and what other retraining has at least at its height
 AVERAGED = 0.05  # of the steps of retraining: over so many its weights are averaged
 
 
@@ -447,8 +447,9 @@ class Lab:
 
         The adaptive learning rate is that of Zimmer, Spiegel and Pokutta (How I learned to stop worrying and love
         retraining, 2023): the larger the share of the weights' norm that goes, beyond what as many random weights
-        would take, the higher it starts, between the rate that the dense training would have so many epochs before
-        its end, were it linear, and its highest.
+        would take, the higher it starts, at most at --lr. At least it is, with them, the rate that the dense training
+        would have so many epochs before its end, were it linear; here half of --lr, when that is not more than five
+        times as much: a higher rate gains where pruning took little, too (results/README.md).
 
         Where pruning or training follows, nothing is gained by settling: as in gradual pruning (Zhu and Gupta 2018)
         the rate is high all the time, and goes down once, at the end.
@@ -459,7 +460,7 @@ class Lab:
         if self.args.retrain == "distilled":
             recipe["teacher"] = self.place(store.network_of(dense)).eval()
         if more_follows and not self.args.rewind:
-            return recipe | {"lr": STEP_RATE * self.args.lr, "schedule": engine.constant}
+            return recipe | {"lr": HIGH * self.args.lr, "schedule": engine.constant}
         if not more_follows:
             recipe["average"] = AVERAGED
         if self.args.rewind:  # weights that are put back have all to learn, whatever pruning took
@@ -467,7 +468,7 @@ class Lab:
         left = sum(int(weight.count_nonzero()) for weight in pruning.prunable(network).values())
         share = 1 - sum(int(mask.sum()) for mask in masks.values()) / max(left, 1)
         change = pruning.change(network, masks) / share**0.5 if share > 0 else 0.0
-        least = min(1.0, epochs / dense.get("settings", {}).get("epochs", self.args.epochs))
+        least = min(HIGH, 5 * epochs / dense.get("settings", {}).get("epochs", self.args.epochs))
         return recipe | {"lr": self.args.lr * min(max(change, least), 1.0), "schedule": engine.linear}
 
     def accuracy_after_pruning(self, network: nn.Module, masks: pruning.Masks) -> float:

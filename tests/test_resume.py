@@ -113,10 +113,10 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     line, whole = setting
     (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
     (tmp_path / "resume").mkdir()
-    settings = {"mode": "iter", "retrain": "distilled", "recipe": 2, "sparsity": 0.7, "seed": 0}
+    settings = {"mode": "iter", "retrain": "distilled", "recipe": 3, "sparsity": 0.7, "seed": 0}
     older = {name: value for name, value in settings.items() if name != "recipe"}
     for saved, change, message in (
-        (older, ("-pr", "0.7"), "recipe 1 there, 2 asked"),
+        (older, ("-pr", "0.7"), "recipe 1 there, 3 asked"),
         (settings, (), "sparsity 0.7 there, 0.5 0.8 asked"),
         (settings, ("-pr", "0.7", "--seed", "1", "--force"), "seed 0 there, 1 asked"),
         (settings | {"final_epochs": 9}, ("-pr", "0.7"), "final_epochs 9 there, 3 asked"),
