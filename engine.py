@@ -115,7 +115,7 @@ def fit(
     steps = epochs * len(batches)
     averaged = Average(network, average * steps) if average else None
     start, first, history = 0, 0, []
-    if state:
+    if state is not None:
         parts = {"epoch", "step", "history", "net", "optimizer", "sums"} | ({"average"} if averaged else set())
         if not parts <= state.keys():
             raise Failure(f"the state of {stage} is damaged: --force starts again")

@@ -153,8 +153,6 @@ def train_dense(lab: "Lab") -> dict:
     """Make ckpt.pth if it is not there; return it."""
     settings = lab.dense_settings
     path = lab.directory.path / DENSE
-    if lab.directory.has(DENSE):
-        lab.directory.forget("dense")
     if lab.args.pr and lab.directory.has(DENSE):
         dense = lab.load_dense()
         print(
@@ -163,11 +161,14 @@ def train_dense(lab: "Lab") -> dict:
         )
         return dense
     if lab.args.pr:
-        print(f"{path} is missing: training the dense network first")
+        why = "is to be made again" if path.exists() else "is missing"
+        print(f"{path} {why}: training the dense network first")
     elif lab.skip(DENSE, settings):
         return lab.load_dense()
     state = lab.directory.kept("dense", settings) if lab.args.rewind else None
-    if state and state["epoch"] >= lab.args.rewind and not lab.early_path.exists():
+    early = store.load(lab.early_path) if state and lab.early_path.exists() else None
+    kept_early = isinstance(early, dict) and early.get("settings") == settings
+    if state and state["epoch"] >= lab.args.rewind and not kept_early:
         raise utils.Failure(
             f"argument --rewind: the interrupted training is past epoch {lab.args.rewind} and did not keep its "
             "weights: --force without -r starts again"
@@ -190,7 +191,6 @@ def prune_one_shot(lab: "Lab", dense: dict, sparsity: float) -> None:
     result, stage = lab.result_name(sparsity, "single"), f"{100 * sparsity:g}percent_single"
     settings = lab.pruned_settings("single", sparsity, dense)
     if lab.skip(result, settings):
-        lab.directory.forget(stage)
         return
     network = lab.place(store.network_of(dense))
     masks = pruning.choose(network, round(sparsity * lab.weights), allocation=lab.args.allocation)
@@ -213,21 +213,25 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
     todo = {}
     for sparsity in targets:
         settings = lab.pruned_settings("iter", sparsity, dense)
-        if lab.skip(lab.result_name(sparsity, "iter"), settings):
-            lab.directory.forget(*iterative_stages(sparsity))
-        else:
+        if not lab.skip(lab.result_name(sparsity, "iter"), settings):
             todo[sparsity] = settings
-    early = lab.early_weights(dense) if todo and args.rewind else None
-    trunk = lab.directory.kept("iter_trunk", steps) if todo else None
+    if not todo:
+        return
+    early = lab.early_weights(dense) if args.rewind else None
+    trunk = lab.directory.kept("iter_trunk", steps)
     if trunk:  # what a kill between writing it and this left
         lab.directory.forget(*(f"iter_step{step}" for step in range(1, trunk["step"] + 1)))
     # What the trunk of an interrupted run is past begins anew, and replaces it: so that comes last.
     begun = trunk["step"] if trunk else 0
     for sparsity in sorted(todo, key=lambda target: len(pruning.levels(lab.weights, target, args.step)) <= begun):
-        settings, stages = todo[sparsity], iterative_stages(sparsity)
+        settings = todo[sparsity]
         *shared, last = pruning.levels(lab.weights, sparsity, args.step)
         if trunk is None or trunk["step"] > len(shared):
             trunk = {"step": 0, "net": dense["net"], "masks": None, "history": []}
+        if trunk["step"] < len(shared) and trunk.get("targets") != targets:
+            # Before the first step, so that what an interrupted run asked for, and which trunk is its, is known.
+            trunk["targets"] = targets
+            lab.directory.keep("iter_trunk", steps, trunk)
         network = lab.place(store.network_of(dense | trunk))
         masks, history = trunk["masks"], trunk["history"]
         for step, zeros in enumerate(shared[trunk["step"] :], trunk["step"] + 1):
@@ -237,8 +241,7 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
             if early:
                 network.load_state_dict(early)
             history = history + lab.train(network, stage, args.step_epochs, steps, masks, recipe)
-            trunk = {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
-            trunk["targets"] = targets
+            trunk = trunk | {"step": step, "net": store.plain_state(network), "masks": masks, "history": history}
             lab.directory.keep("iter_trunk", steps, trunk)
             lab.directory.forget(stage)
         masks = pruning.choose(network, last, masks, args.allocation)
@@ -246,17 +249,13 @@ def prune_iteratively(lab: "Lab", dense: dict, targets: list[float]) -> None:
         before = lab.accuracy_after_pruning(network, masks)
         if early:
             network.load_state_dict(early)
+        stages = [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
         history = history + lab.train(network, stages[0], settings["step_epochs"], settings, masks, recipe)
         recipe = lab.recipe(network, masks, args.final_epochs, dense)
         history = history + lab.train(network, stages[1], args.final_epochs, settings, masks, recipe)
         lab.finish(lab.result_name(sparsity, "iter"), network, settings, history, dense, before)
         lab.directory.forget(*stages)
     lab.directory.forget("iter_trunk")
-
-
-def iterative_stages(sparsity: float) -> list[str]:
-    """The two stages of iterative pruning that a target does not share with others."""
-    return [f"{100 * sparsity:g}percent_iter_{part}" for part in ("last_step", "final")]
 
 
 def result_name(sparsity: float, mode: str, allocation: str, retrain: str, rewind: int | None) -> str:
@@ -307,7 +306,7 @@ class Lab:
         self.directory = store.Directory(args.checkpoint_dir, list(self.asked), args.resume, args.force, needed)
         self.another_waits = self.check_unfinished()
         missing = not all(map(self.directory.has, self.asked))
-        if missing and args.pr and args.rewind and (args.checkpoint_dir / DENSE).exists():
+        if missing and args.pr and args.rewind and self.directory.has(DENSE):
             self.early_weights(store.load_checkpoint(args.checkpoint_dir / DENSE))
         self.directory.begin()
         self.train_batches = data.TrainBatches(images, args.batch_size, args.seed, device)
@@ -337,15 +336,23 @@ class Lab:
     def check_unfinished(self) -> bool:
         """Failure, before any work, when an interrupted stage is not one that this command can go on with; but True
         when it has nothing to do, as all results asked for are there."""
-        args = self.args
+        args, dense = self.args, None
+        if args.pr and self.directory.has(DENSE):
+            dense = store.load_checkpoint(args.checkpoint_dir / DENSE)
+            dense["digest"] = store.digest(dense["net"])
         for path, saved, state in self.directory.unfinished():
             mode, sparsity = saved.get("mode"), saved.get("sparsity")
-            if not mode and self.directory.has(DENSE):
-                continue  # a kill between writing the one and deleting the other left it
-            mine = self.pruned_settings(mode, sparsity) if mode else self.dense_settings
-            mine = {name: value for name, value in mine.items() if name in saved or name in self.choices}
             # The steps of a trunk are for certain targets, and others would go past them or begin anew.
             targets = state.get("targets", []) if sparsity is None else [sparsity]
+            choices = (saved.get("allocation", "global"), saved.get("retrain", "plain"), saved.get("rewind"))
+            results = [result_name(target, mode, *choices) for target in targets] if mode else [DENSE]
+            if results and all(map(self.directory.has, results)):
+                if not mode and state.get("epoch") != saved.get("epochs"):
+                    raise utils.Failure(f"{path} is an interrupted training, and {DENSE} is there: remove one of them")
+                self.directory.over.append(path.stem)  # a kill between writing the one and deleting the other left it
+                continue
+            mine = self.pruned_settings(mode, sparsity, dense) if mode else self.dense_settings
+            mine = {name: value for name, value in mine.items() if name in saved or name in self.choices}
             waiting = [target for target in targets if target not in args.pr]
             if mode and mode not in args.shot:
                 mine["mode"] = " ".join(args.shot) or "dense"
@@ -420,11 +427,9 @@ class Lab:
         if mode == "single":
             settings["retrain_epochs"] = args.retrain_epochs
         else:
-            settings |= {"step": args.step, "step_epochs": args.step_epochs}
+            settings |= {"step": args.step, "step_epochs": args.step_epochs, "final_epochs": args.final_epochs}
         if sparsity is not None:
             settings["sparsity"] = sparsity
-        if sparsity is not None and mode == "iter":
-            settings["final_epochs"] = args.final_epochs
         if sparsity == 0 and mode == "iter" and not args.rewind:  # the control: see `prune_iteratively`
             settings["step_epochs"] *= len(pruning.levels(self.weights, max(args.pr, default=0) or 0.9, args.step))
         if dense:

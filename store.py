@@ -151,6 +151,8 @@ def _checked_facts(path: Path, checkpoint: dict) -> dict:
         # What was measured before a packed network was rounded is not said of the rounded one.
         good = isinstance(settings, dict) and ("acc" in facts or "values" in checkpoint) and "zeros" in facts
         good = good and {"arch", "dataset", "image_size"} <= set(settings)
+        good = good and all(isinstance(name, str) and name.isprintable() for name in settings)
+        good = good and all(isinstance(value, (str, int, float)) for value in settings.values())
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
         good = good and all(0 <= settings.get(name, 0) < 1 for name in ("sparsity", "val_fraction"))
         if not (good and settings.get("epochs", 1) > 0):
@@ -200,7 +202,7 @@ class Directory:
             free = shutil.disk_usage(there).free
             if free < bytes_needed:
                 raise Failure(f"{path} has {free / 1e6:.0f} MB of disk left and this needs {bytes_needed / 1e6:.0f} MB")
-            self.states.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             (path / ".lock").touch()  # filelock itself waits and retries where it may not write
             self.lock = filelock.FileLock(path / ".lock", timeout=0)
             self.lock.acquire()
@@ -214,7 +216,7 @@ class Directory:
         if unfinished and not (resume or force):
             names = ", ".join(unfinished)
             raise Failure(f"{path} holds an interrupted run ({names}): -r goes on with it, --force starts again")
-        self.stale = [] if resume else unfinished
+        self.over = [] if resume else unfinished  # states that this run has no use for
         self.redo_file = self.states / "redo.json"
         known = self._read_redo() if resume else {}
         if force:  # what an interrupted run was asked to make again stays as it left it
@@ -222,9 +224,10 @@ class Directory:
         self.redo = known
 
     def begin(self) -> None:
-        """Forget what is not gone on with and write down what --force asked for, once it is sure that the run is not
+        """Forget the states that are over and write down what --force asked for, once it is sure that the run is not
         refused."""
-        self.forget(*self.stale)
+        self.states.mkdir(exist_ok=True)
+        self.forget(*self.over)
         self._set_redo(self.redo)
 
     def has(self, result: str) -> bool:
@@ -242,7 +245,7 @@ class Directory:
 
     def unfinished(self) -> list[tuple[Path, dict, dict]]:
         """The states of an interrupted run that this one goes on with: file, settings, state."""
-        paths = [path for path in sorted(self.states.glob("*.pt")) if path.stem not in self.stale]
+        paths = [path for path in sorted(self.states.glob("*.pt")) if path.stem not in self.over]
         return [(path, saved["settings"], saved["state"]) for path in paths if (saved := self._read_state(path))]
 
     def kept(self, stage: str, settings: dict) -> dict | None:

@@ -166,7 +166,7 @@ def print_mixed(directories: list[dict[Path, dict]]) -> None:
         if "settings" not in checkpoint:
             continue
         settings = utils.OLDER | checkpoint["settings"] | {"seed": None, "parent": None}
-        model, wanted = first.setdefault(path.name, (path, settings))
+        model, wanted = first.setdefault((path.name, checkpoint["arch"]), (path, settings))
         names = [name for name in wanted | settings if wanted.get(name) != settings.get(name)]
         if names:
             print(f"{path} and {model} differ in more than the seed: {', '.join(names)}")

@@ -202,7 +202,11 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     prune = (*line, "-pr", "0.3", "-shot", "iter", "--step-epochs", "8")
     done = command("main.py", *prune)
     assert done.returncode == 2 and "ckpt_epoch1.pt is missing: main.py --rewind 1 --force" in done.stderr
-    succeed("main.py", *line, "--force")
+    assert not (tmp_path / "resume").exists()
+    # It goes on when they are to be made.
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume" / "redo.json").write_text('{"ckpt.pth": true}')
+    assert "is to be made again: training the dense network first" in succeed("main.py", *prune, "-r")
     assert (tmp_path / "ckpt.pth").read_bytes() == (experiment[0] / "ckpt.pth").read_bytes()
     # Nor with those of another training, and what waits is not thrown away for it.
     early = (tmp_path / "ckpt_epoch1.pt").read_bytes()
@@ -212,9 +216,12 @@ def test_rewinding_puts_back_the_weights_of_an_early_epoch(experiment, images, t
     done = command("main.py", *prune, "--force")
     assert done.returncode == 2 and "ckpt_epoch1.pt is not of the training of ckpt.pth" in done.stderr
     assert [path.name for path in (tmp_path / "resume").iterdir()] == ["dense.pt"]
-    (tmp_path / "resume" / "dense.pt").unlink()
+    settings = store.load(tmp_path / "ckpt.pth")["settings"]
+    store.save(tmp_path / "resume" / "dense.pt", {"settings": settings, "state": {"epoch": 2}})
+    (tmp_path / "resume" / "redo.json").write_text('{"ckpt.pth": true}')
+    done = command("main.py", *prune, "-r")
+    assert done.returncode == 2 and "is past epoch 1 and did not keep its weights" in done.stderr
     (tmp_path / "ckpt_epoch1.pt").write_bytes(early)
-    succeed("main.py", *prune)
     found = torch.load(tmp_path / "30percent_iter_rewind1_ckpt.pth", weights_only=True)
     network = models.build("resnet20", 2)
     network.load_state_dict(net(tmp_path / "ckpt.pth"))
@@ -427,6 +434,7 @@ LIES = [
     (lambda c: c["settings"].update(parent="x"), "was pruned from another network"),
     (lambda c: c["settings"].update(dataset="x"), "was made with other images"),
     (lambda c: c["settings"].update(val_fraction=float("nan")), "its settings are not what main.py writes"),
+    (lambda c: c["settings"].update(lr=torch.ones(2)), "its settings are not what main.py writes"),
 ]
 
 

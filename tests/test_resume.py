@@ -114,12 +114,15 @@ def test_a_stage_that_the_command_does_not_have_is_not_resumed(setting, tmp_path
     (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
     (tmp_path / "resume").mkdir()
     settings = {"mode": "iter", "retrain": "distilled", "recipe": 3, "sparsity": 0.7, "seed": 0}
-    older = {name: value for name, value in settings.items() if name != "recipe"}
+    older, steps = ({n: v for n, v in settings.items() if n != name} for name in ("recipe", "sparsity"))
+    parent = store.digest(store.load_checkpoint(tmp_path / "ckpt.pth")["net"])
     for saved, change, message in (
         (older, ("-pr", "0.7"), "recipe 1 there, 3 asked"),
         (settings, (), "sparsity 0.7 there, 0.5 0.8 asked"),
         (settings, ("-pr", "0.7", "--seed", "1", "--force"), "seed 0 there, 1 asked"),
         (settings | {"final_epochs": 9}, ("-pr", "0.7"), "final_epochs 9 there, 3 asked"),
+        (steps | {"final_epochs": 9}, ("-pr", "0.7"), "final_epochs 9 there, 3 asked"),
+        (settings | {"parent": "x"}, ("-pr", "0.7"), f"parent x there, {parent} asked"),
         # The control is trained for as long as the largest target.
         (settings | {"sparsity": 0.0, "step_epochs": 3}, ("-pr", "0"), "step_epochs 3 there, 4 asked"),
     ):
@@ -145,24 +148,31 @@ def test_a_target_added_on_resuming_does_not_cost_the_steps_that_are_done(settin
     line = [*line[: line.index("-pr")], "-shot", "iter", *line[line.index("--dataset") :]]
     (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
     trunk = tmp_path / "resume" / "iter_trunk.pt"
-    run = start([*line, "-pr", "0.8"], tmp_path)
-    while not (trunk.exists() and store.load(trunk)["state"]["step"] >= 2):
-        assert run.poll() is None
-        time.sleep(0.002)
-    run.kill()
-    run.communicate()
-    for state in trunk.parent.glob("80percent*"):
-        state.unlink()
-    steps = trunk.read_bytes()
-    done = command(*line, "-pr", "0.5", "--checkpoint-dir", tmp_path, "-r")
-    assert done.returncode == 2
-    assert done.stderr == f"main.py: {trunk} was made with other settings: sparsity 0.8 there, 0.5 asked\n"
-    assert trunk.read_bytes() == steps
+
+    def kill_at(step: int, *targets: str) -> None:
+        run = start([*line, "-pr", *targets], tmp_path)
+        # 0 is before the first step, for as long as that takes.
+        while not (trunk.exists() and store.load(trunk)["state"]["step"] == step):
+            assert run.poll() is None
+            time.sleep(0.002)
+        run.kill()
+        run.communicate()
+        for state in trunk.parent.glob("80percent*"):
+            state.unlink()
+
+    for step in 0, 2:
+        kill_at(step, "0.8")
+        steps = trunk.read_bytes()
+        done = command(*line, "-pr", "0.5", "--checkpoint-dir", tmp_path, "-r")
+        assert done.returncode == 2
+        assert done.stderr == f"main.py: {trunk} was made with other settings: sparsity 0.8 there, 0.5 asked\n"
+        assert trunk.read_bytes() == steps
+    kill_at(0, "0.5", "0.8")
+    assert (tmp_path / "80percent_iter_ckpt.pth").exists()
+    (tmp_path / "80percent_iter_ckpt.pth").unlink()
     done = command(*line, "-pr", "0.5", "0.8", "--checkpoint-dir", tmp_path, "-r")
     assert done.returncode == 0, done.stderr
     assert not trunk.exists()
-    assert done.stdout.index("80percent_iter_final: ") < done.stdout.index("iter_step1: ")
-    assert "iter_step2: " not in done.stdout
     iterative = {name: content for name, content in whole.items() if "single" not in name}
     assert results(tmp_path) == iterative
 
@@ -246,12 +256,16 @@ def test_a_state_whose_result_is_there_is_cleared(setting, tmp_path):
     (tmp_path / "resume").mkdir()
     for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
-    for stage in ("dense", "50percent_single", "80percent_iter_final"):
-        store.save(tmp_path / "resume" / f"{stage}.pt", {"settings": {}, "state": {}})
-    settings = store.load(tmp_path / "80percent_iter_ckpt.pth")["settings"]
-    settings = {name: settings[name] for name in settings if name not in ("sparsity", "final_epochs")}
-    # All stays while the steps that another command's target needs are there.
-    for targets, left in ([0.5, 0.9], 4), ([0.5, 0.8], 0):
+    for stage, result in (
+        ("dense", ""),
+        ("50percent_single", "50percent_single_"),
+        ("80percent_iter_final", "80percent_iter_"),
+    ):
+        settings = store.load(tmp_path / f"{result}ckpt.pth")["settings"]
+        store.save(tmp_path / "resume" / f"{stage}.pt", {"settings": settings, "state": {"epoch": 6}})
+    settings = {name: settings[name] for name in settings if name != "sparsity"}
+    # The steps that another command's target needs stay.
+    for targets, left in ([0.5, 0.9], 1), ([0.5, 0.8], 0):
         trunk = {"settings": settings, "state": {"step": 1, "targets": targets}}
         store.save(tmp_path / "resume" / "iter_trunk.pt", trunk)
         done = command(*line, "--checkpoint-dir", tmp_path, "-r")
@@ -259,6 +273,13 @@ def test_a_state_whose_result_is_there_is_cleared(setting, tmp_path):
         assert results(tmp_path) == whole
         assert len(list(tmp_path.glob("resume/*"))) == left
     assert not (tmp_path / "resume").exists()
+    # But one of a training that goes on beside a dense network from elsewhere is not.
+    (tmp_path / "resume").mkdir()
+    store.save(tmp_path / "resume" / "dense.pt", {"settings": {"epochs": 6}, "state": {"epoch": 3}})
+    done = command(*line, "--checkpoint-dir", tmp_path, "-r")
+    assert done.returncode == 2
+    assert "dense.pt is an interrupted training, and ckpt.pth is there" in done.stderr
+    assert (tmp_path / "resume" / "dense.pt").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX systems can")
