@@ -1,15 +1,17 @@
 """Small helpers: the command line, seeds, device and precision, stopping on a signal."""
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
+import io
 import math
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +19,7 @@ import torch
 
 
 class Failure(Exception):
-    """What the user has to know, as one line. `code` is the exit code: 2 for bad input, 1 for the rest."""
+    """One line for the user. `code` is the exit code: 2 for bad input, 1 for everything else."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(" ".join(message.split()))
@@ -25,11 +27,11 @@ class Failure(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked the program to stop. What was done so far is saved."""
+    """A signal asked the program to stop. The work so far is saved."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows a default only where it says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing = action.default is None or action.default is False or action.default == []
@@ -37,7 +39,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def __init__(self, **options):
         # An abbreviation that works today is ambiguous when the next flag is added.
@@ -48,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, accept: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` that `accept` accepts; `what` says which those are."""
+    """An argparse type for the numbers of `kind` that `accept` accepts; `what` describes them in the error."""
 
     def parse(text: str) -> float:
         try:
@@ -65,25 +67,23 @@ def number(kind: type, accept: Callable[[float], bool], what: str) -> Callable[[
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 fraction = number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
-share = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+fraction_or_zero = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
 image_size = number(int, lambda value: 16 <= value <= 1024, "a whole number from 16 to 1024")
 
 
 def sparsity(text: str) -> float:
-    """An argparse type: a fraction from 0 to below 1, with as many digits as the name of its file can carry."""
-    what = "a sparsity: a number from 0 (the control: nothing pruned) to below 1"
-    value = number(float, lambda value: 0 <= value < 1, what)(text) + 0.0  # -0.0 is 0
+    """An argparse type: a fraction between 0 and 1, with as many digits as a file name can carry."""
+    what = "a sparsity between 0 and 1 (--control retrains without pruning)"
+    value = number(float, lambda value: 0 < value < 1, what)(text)
     name = f"{100 * value:g}"
     if "e" in name or not math.isclose(float(name), 100 * value, rel_tol=1e-9):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} in percent has more than six digits, which no file name here carries"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} in percent has more than the six digits that a file name carries")
     return value
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, size: int | None) -> None:
-    """The flags that say which images; None as a default means what the checkpoint says."""
+    """The flags that select the images; a default of None means those of the checkpoint."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--dataset",
@@ -92,7 +92,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, siz
         help="cifar10, cifar100, digits, or a folder with train/<class>/ and test/<class>/ images",
     )
     group.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR is, or is downloaded to"
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR lies or is downloaded to"
     )
     group.add_argument(
         "--image-size",
@@ -103,41 +103,38 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, siz
     )
     group.add_argument(
         "--val-fraction",
-        type=share,
+        type=fraction_or_zero,
         default=None if size is None else 0.0,
         metavar="FRACTION",
-        help="hold out this share of the training images and measure on it, not on the test images"
-        + (", which 0 measures after all" if size is None else ""),
+        help="hold out this fraction of the training images and measure on them, never on the test images"
+        + ("; 0 measures the test images after all" if size is None else ""),
     )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> None:
-    """The flags that say on what to compute, and in which type."""
+    """The flags that select the device and the arithmetic."""
     group = parser.add_argument_group("device")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and end the process as a command should: no traceback for what the user can mend."""
+    """Call `main` and end the process as a command should: one line and an exit code in place of a traceback."""
     program = os.path.basename(sys.argv[0])
-    sys.stdout.reconfigure(
-        line_buffering=True, errors="backslashreplace"
-    )  # a line of summary is worth seeing when it is written to a file, too
+    if isinstance(sys.stdout, io.TextIOWrapper):  # lines of progress should reach a file at once
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         sys.exit(main())
     except Failure as failure:
-        print(f"{program}: {failure}", file=sys.stderr)
-        sys.exit(failure.code)
+        line, code = str(failure), failure.code
     except OSError as error:
-        print(f"{program}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        line, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except torch.OutOfMemoryError:
-        print(f"{program}: the memory of the GPU is too small: a smaller --batch-size may help", file=sys.stderr)
-        sys.exit(1)
+        line, code = "the GPU has too little memory: try a smaller --batch-size", 1
     except Interrupted as stop:
-        print(f"{program}: {stop}", file=sys.stderr)
-        sys.exit(128 + _signal)
+        line, code = str(stop), 128 + _signal
+    print(f"{program}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 def derive_seed(*key: object) -> int:
@@ -149,20 +146,14 @@ def derive_seed(*key: object) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
 
-# What files that do not say it were made with: they are older than the choice.
-OLDER = {"allocation": "global", "retrain": "plain", "recipe": 1, "rewind": 0, "val_fraction": 0.0}
-
-
 def difference(saved: dict, asked: dict) -> str:
     """The settings in which two runs differ, for a person to read; empty when they agree."""
-    saved = OLDER | saved
-    return ", ".join(
-        f"{name} {saved.get(name)} there, {value} asked" for name, value in asked.items() if saved.get(name) != value
-    )
+    names = [name for name in saved | asked if saved.get(name) != asked.get(name)]
+    return ", ".join(f"{name} {saved.get(name)} there, {asked.get(name)} asked" for name in names)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; Failure when it is not there."""
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; Failure when the machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
@@ -171,16 +162,14 @@ def choose_device(name: str) -> torch.device:
     if not match:
         raise Failure(f"argument --device: {name!r:.40} is not auto, cpu, cuda or cuda:N")
     if int(match[1] or 0) >= torch.cuda.device_count():
-        raise Failure(
-            f"argument --device: {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+        raise Failure(f"argument --device: no {name} here: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that convolutions and matrix products of training run in; weights are always fp32.
+    """The type in which training computes convolutions and matrix products; weights are always fp32.
 
-    `auto` is bfloat16 where the processor multiplies it in hardware: elsewhere it is slower than fp32.
+    `auto` is bfloat16 where the processor multiplies it in hardware. Elsewhere bfloat16 is slower than fp32.
     """
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
@@ -201,26 +190,29 @@ def _cpu_has_bf16() -> bool:
 
 
 def set_up(device: torch.device) -> None:
-    """Choose the device's settings once, before any work on it."""
+    """Configure the device once, before any work on it."""
     if device.type == "cuda":
-        if device.index is not None:  # graphs and streams are made on the current device
+        if device.index is not None:  # CUDA graphs and streams belong to the current device
             torch.cuda.set_device(device)
-        # Let cuDNN time its algorithms; and fp32 means fp32: TF32 would round its inputs to 10 bits.
+        # cuDNN times its algorithms. fp32 means fp32: TF32 would round its inputs to 10 bits.
         torch.backends.cudnn.benchmark = True
-        with warnings.catch_warnings(action="ignore"):  # some versions announce another name for it
+        with warnings.catch_warnings(action="ignore"):  # some versions announce a new name for the setting
             torch.backends.cudnn.allow_tf32 = False
     else:
         _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    """Large tensors from the heap, and a heap that does not shrink. As it comes, glibc maps each activation anew and
-    the kernel clears every page of it again in each step: 5 % of the time of a ResNet18 in bf16, 20 % in fp32."""
+    """Take large tensors from a heap that never shrinks.
+
+    By default glibc maps every activation anew, and the kernel clears its pages in every step. That costs 5 % of the
+    time of a ResNet18 in bf16 and 20 % in fp32.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, which may do well by itself
+    except (AttributeError, OSError, TypeError):  # not glibc
         return
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
 
@@ -228,14 +220,21 @@ def _keep_freed_memory() -> None:
 _signal = 0
 
 
-def stop_on_signals() -> None:
-    """From here on SIGTERM and Ctrl-C let the step in hand finish; a second one ends the process at once."""
-    signal.signal(signal.SIGTERM, _remember)
-    signal.signal(signal.SIGINT, _remember)
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C let the current step finish; a second signal ends the process at once."""
+    global _signal
+    _signal = 0
+    before = {number: signal.signal(number, _remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_requested() -> bool:
-    """Whether a signal has come."""
+    """Whether a signal has arrived."""
     return _signal != 0
 
 

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from models.resnet import BasicBlock, Bottleneck, ResNet
+from models.resnet import BasicBlock, Bottleneck, PaddedBlock, ResNet
 
-# block, blocks a stage, channels a stage
-ARCHITECTURES = {
+# block, blocks of each stage, channels of each stage
+ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
-    "resnet20": (BasicBlock, (3, 3, 3), (16, 32, 64)),
+    "resnet20": (PaddedBlock, (3, 3, 3), (16, 32, 64)),
+    "resnet20-projection": (BasicBlock, (3, 3, 3), (16, 32, 64)),
 }
 
 
@@ -22,7 +23,7 @@ def build(arch: str, classes: int) -> ResNet:
 def identify(state: dict[str, Tensor]) -> str:
     """The name of the architecture whose parameters have exactly the names and shapes of `state`.
 
-    Raises ValueError when there is none, naming the closest one and the first thing that is different.
+    Raises ValueError when no architecture fits, naming the closest one and the first difference.
     """
     linear = state.get("linear.weight")
     classes = linear.shape[0] if linear is not None and linear.dim() == 2 else 10

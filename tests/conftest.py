@@ -1,27 +1,32 @@
-"""Small data sets and a way to run the commands as a user types them."""
+"""Small data sets, and ways to run the commands."""
 
-import atexit
+import contextlib
 import functools
-import json
+import importlib.util
+import io
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import utils
+
 ROOT = Path(__file__).parent.parent
-# Everything a run needs that is small: a whole experiment takes a second or two of training.
+# Networks this small are as fast on one thread, and two test runs side by side do not slow each other down.
+torch.set_num_threads(1)
+# Everything in a run is small: a whole experiment takes a second or two of training.
 SMALL = ("--arch", "resnet20", "--image-size", "16", "--batch-size", "16", "--device", "cpu", "--epochs", "2")
 SMALL_PRUNING = ("--retrain-epochs", "2", "--step", "0.4", "--step-epochs", "1", "--final-epochs", "1")
 
 
 def write_images(folder: Path, train: int = 40, test: int = 11, classes: tuple[str, ...] = ("dark", "light")) -> Path:
-    """An image folder whose classes differ in brightness, with sizes and colour modes mixed."""
+    """An image folder whose classes differ in brightness, with mixed sizes and color modes."""
     noise = np.random.default_rng(0)
     for part, images in ("train", train), ("test", test):
         for label, name in enumerate(classes):
@@ -39,80 +44,63 @@ def images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "shades")
 
 
-# Imports once, then forks for each command: that saves each three seconds. It says the number of the process, then
-# its exit code.
-COMMANDS = """
-import json, os, runpy, signal, sys
-import torch, torchvision.datasets.folder, torch._dynamo, data, engine, models, pruning, store, utils
-sys.path[0] = os.getcwd()
-for line in sys.stdin:
-    order = json.loads(line)
-    process = os.fork()
-    if process == 0:
-        signal.alarm(240)
-        for number, name in (1, "stdout"), (2, "stderr"):
-            os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(order["cwd"])
-        engine.KEEP_SECONDS = order["keep_seconds"]
-        sys.argv = order["argv"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    print(process, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
-
-
-class Commands:
-    """Runs scripts of the project, each as a process of its own, as a user does."""
-
-    def __init__(self):
-        self.folder = Path(tempfile.mkdtemp())
-        self.forks = subprocess.Popen(
-            [sys.executable, "-c", COMMANDS],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
-        )
-
-    def start(self, script: str, *arguments: object, cwd: Path = ROOT, keep_seconds: float = 30) -> int:
-        """Returns the number of the process. `keep_seconds`: see engine.KEEP_SECONDS."""
-        argv = [str(part) for part in (ROOT / script, *arguments)]
-        files = {name: str(self.folder / name) for name in ("stdout", "stderr")}
-        order = {"argv": argv, "cwd": str(cwd), "keep_seconds": keep_seconds, **files}
-        self.forks.stdin.write(json.dumps(order) + "\n")
-        self.forks.stdin.flush()
-        return int(self.forks.stdout.readline())
-
-    def wait(self) -> subprocess.CompletedProcess:
-        """The end of what was started last."""
-        code = int(self.forks.stdout.readline())
-        return subprocess.CompletedProcess([], code, *((self.folder / n).read_text() for n in ("stdout", "stderr")))
-
-    def close(self) -> None:
-        self.forks.communicate()
-        shutil.rmtree(self.folder)
-
-
 @functools.cache
-def commands() -> Commands:
-    made = Commands()
-    atexit.register(made.close)
-    return made
+def load_script(name: str):
+    """A script as a module. By path, because test.py shares its name with a package of the standard library."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def command(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a script of the project as a process of its own."""
-    commands().start(script, *arguments, cwd=cwd)
-    return commands().wait()
+def call(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run main(argv) of a script in this process, as `utils.run` would run it in one of its own."""
+    argv = [str(argument) for argument in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    module = load_script(script)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *argv])
+        try:
+            utils.run(lambda: module.main(argv))
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 def succeed(script: str, *arguments: object) -> str:
     """Run a script that must succeed; returns what it printed."""
-    done = command(script, *arguments)
+    done = call(script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def process(script: str, *arguments: object, **more) -> subprocess.CompletedProcess:
+    """Run a script as a process of its own, where that is the point."""
+    line = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, env=environment, **more)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The results in a directory, byte for byte."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.pth"))}
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL at a named point: no handler of the program catches it."""
+
+
+def kill_at(number: int) -> Callable[..., None]:
+    """A function that raises Killed when it is called for the `number`-th time, from 1."""
+    left = [number]
+
+    def count(*_args: object, **_more: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    return count
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=20, help="how often the kill test kills the run")
+    parser.addoption("--kills", type=int, default=6, help="how often the kill test kills the run")

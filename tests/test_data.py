@@ -1,7 +1,9 @@
 """Images in, batches out; and every way in which images can be missing or broken."""
 
+import argparse
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import data
 import utils
 
 CPU = torch.device("cpu")
+NOWHERE = Path("unused")
 
 
 def coordinates(size: int = 32) -> data.Dataset:
@@ -25,7 +28,21 @@ def coordinates(size: int = 32) -> data.Dataset:
     return data.Dataset("coordinates", "", ["a", "b"], split, split)
 
 
-def test_augmentation_is_random_crop_of_padded_images_and_mirroring():
+def numbers(count: int) -> data.Dataset:
+    """Images whose label is their number, from 0."""
+    split = data.Split(torch.zeros(count, 16, 16, 3, dtype=torch.uint8), torch.arange(count))
+    return data.Dataset("numbers", "", [str(i) for i in range(count)], split, split)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits", NOWHERE, 16)
+
+
+# --- Batches -------------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_is_a_random_crop_of_padded_images_and_a_horizontal_flip():
     images = coordinates()
     batches = data.TrainBatches(images, 900, 0, CPU)
     padded = F.pad(images.train.images[0].permute(2, 0, 1), (4, 4, 4, 4))
@@ -34,60 +51,129 @@ def test_augmentation_is_random_crop_of_padded_images_and_mirroring():
         pixels = (inputs * batches.std[:, None, None] + batches.mean[:, None, None]) * 255
         for crop in pixels.round().to(torch.uint8):
             middle = crop[:, 16, 16]  # never padding: its values are row and column of the original image
-            mirrored = bool(crop[1, 16, 17] < middle[1])
+            flipped = bool(crop[1, 16, 17] < middle[1])
             top = int(middle[0]) - 1 + 4 - 16
-            left = int(middle[1]) - 1 + 4 - (15 if mirrored else 16)
+            left = int(middle[1]) - 1 + 4 - (15 if flipped else 16)
             expected = padded[:, top : top + 32, left : left + 32]
-            assert torch.equal(crop, expected.flip(2) if mirrored else expected)
-            seen[top, left, mirrored] += 1
+            assert torch.equal(crop, expected.flip(2) if flipped else expected)
+            seen[top, left, flipped] += 1
     assert len(seen) == 9 * 9 * 2
     # 8,100 draws over 162 outcomes: 50 each; the bound is 5.7 standard deviations of the Poisson distribution.
     assert all(10 <= count <= 90 for count in seen.values()), seen
 
 
-def test_digits_are_not_mirrored():
-    images = coordinates()
-    batches = data.TrainBatches(data.Dataset("x", "", ["a", "b"], images.train, images.test, mirror=False), 900, 0, CPU)
+def test_digits_are_not_flipped(digits):
+    batches = data.TrainBatches(replace(coordinates(), horizontal_flip=False), 900, 0, CPU)
     for inputs, _ in batches.epoch("a", 0):
         assert (inputs[:, 1, 16, 17] > inputs[:, 1, 16, 16]).all()
-    assert not data.load("digits", Path("unused"), 16).mirror
+    assert not digits.horizontal_flip
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
-    split = data.Split(torch.zeros(50, 16, 16, 3, dtype=torch.uint8), torch.arange(50))
-    images = data.Dataset("numbers", "", [str(i) for i in range(50)], split, split)
-    batches = data.TrainBatches(images, 16, 0, CPU)
-    orders = {key: torch.cat([labels for _, labels in batches.epoch(*key)]) for key in (("a", 0), ("a", 1), ("b", 0))}
-    assert all(torch.equal(order.sort().values, split.labels) for order in orders.values())
-    assert len({tuple(order.tolist()) for order in orders.values()}) == 3
-    again = torch.cat([labels for _, labels in batches.epoch("a", 1)])
-    assert torch.equal(again, orders["a", 1])
+    batches = data.TrainBatches(numbers(50), 16, 0, CPU)
+    keys = ("a", 0), ("a", 1), ("b", 0)
+    orders = [torch.cat([labels for _, labels in batches.epoch(*key)]) for key in keys]
+    assert all(order.sort().values.tolist() == list(range(50)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    other = data.TrainBatches(numbers(50), 16, 1, CPU)
+    assert not torch.equal(torch.cat([labels for _, labels in other.epoch("a", 0)]), orders[0])
     assert len(batches) == 4
-    rest = torch.cat([labels for _, labels in batches.epoch("a", 1, first=3)])
-    assert torch.equal(rest, again[48:])
+    assert [len(labels) for _, labels in batches.epoch("a", 0)] == [16, 16, 16, 2]
 
 
-def test_mean_and_deviation_are_those_of_the_training_images():
-    images = data.load("digits", Path("unused"), 16)
-    mean, std = images.mean_and_std()
-    pixels = images.train.images.double() / 255
-    torch.testing.assert_close(mean, pixels.mean((0, 1, 2)).float())
-    torch.testing.assert_close(std, pixels.std((0, 1, 2), correction=0).float())
-    inputs = torch.cat([inputs for inputs, _ in data.TestBatches(images, CPU)])
-    assert inputs.shape == (360, 3, 16, 16)
-    assert inputs.is_contiguous(memory_format=torch.channels_last)
+def test_an_epoch_continues_from_any_batch_to_the_same_bits(digits, monkeypatch):
+    batches = data.TrainBatches(digits, 100, 0, CPU)
+    whole = list(batches.epoch("a", 3))
+    assert len(whole) == len(batches) == 15
+    for at_once in data.CROPPED_AT_ONCE, 1, 250 * 16 * 16 * 3:  # all, one batch, and two
+        monkeypatch.setattr(data, "CROPPED_AT_ONCE", at_once)
+        for first in 0, 1, 7, 14, 15:
+            rest = list(batches.epoch("a", 3, first))
+            assert len(rest) == 15 - first
+            for (inputs, labels), (others, same) in zip(rest, whole[first:], strict=True):
+                assert torch.equal(inputs, others) and torch.equal(labels, same)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_on_the_same_crops(digits):
+    ours, theirs = (data.TrainBatches(digits, 100, 0, device).epoch("a", 0) for device in (CPU, torch.device("cuda")))
+    for (inputs, labels), (others, same) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(others.cpu(), inputs, rtol=1e-5, atol=1e-5)
+        assert torch.equal(same.cpu(), labels)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(16, 512), (32, 128), (1024, 1)])
+def test_a_batch_to_measure_holds_the_same_number_of_pixels_at_any_size(size, batch):
+    split = data.Split(torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+    assert data.TestBatches(split, [0.5] * 3, [0.5] * 3, CPU).batch_size == batch
+
+
+def test_images_to_measure_come_normalized_and_in_their_order(digits):
+    batches = data.TestBatches(digits.test, [0.1, 0.2, 0.3], [0.5, 0.25, 1.0], CPU)
+    batches.batch_size = 100
+    found = list(batches)
+    assert [len(labels) for _, labels in found] == [100, 100, 100, 60]
+    inputs = torch.cat([inputs for inputs, _ in found])
+    assert (inputs.shape, inputs.dtype) == ((360, 3, 16, 16), torch.float32)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each, _ in found)
+    assert torch.equal(torch.cat([labels for _, labels in found]), digits.test.labels)
+    for channel, (mean, std) in enumerate(((0.1, 0.5), (0.2, 0.25), (0.3, 1.0))):
+        expected = (digits.test.images[..., channel].double() / 255 - mean) / std
+        torch.testing.assert_close(inputs[:, channel].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mean_and_standard_deviation_are_those_of_the_training_images(digits):
+    mean, std = digits.mean_and_std()
+    pixels = digits.train.images.double() / 255
+    assert mean == pixels.mean((0, 1, 2)).float().tolist()
+    assert std == pytest.approx(pixels.std((0, 1, 2), correction=0).tolist(), rel=1e-7)
+    assert all(type(value) is float for value in mean + std)
+
+
+def test_a_constant_channel_has_a_standard_deviation_of_one_level():
+    assert numbers(2).mean_and_std() == ([0.0] * 3, torch.full((3,), 1 / 255).tolist())
+
+
+# --- Data sets -----------------------------------------------------------------------------------------------------
 
 
 def test_digits_are_the_real_ones_split_in_proportion():
-    images = data.load("digits", Path("unused"), 32)
+    images = data.load("digits", NOWHERE, 32)
     assert images.train.images.shape == (1437, 32, 32, 3)
     assert images.test.images.shape == (360, 32, 32, 3)
     assert images.train.images.max() == 255
     assert min(Counter(images.test.labels.tolist()).values()) >= 34
+    assert images.classes == [str(digit) for digit in range(10)]
+    assert images.summary() == "digits: 1,437 training and 360 test images of 10 classes"
+
+
+def test_cifar_is_what_torchvision_reads(monkeypatch):
+    from torchvision import datasets
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+
+    class Stub:
+        classes = ("airplane", "automobile")
+
+        def __init__(self, root: str, train: bool, download: bool):
+            assert (root, download) == ("unused", True)
+            self.data, self.targets = (pixels, [0, 1, 0, 1, 0, 1]) if train else (pixels[:2], [1, 0])
+
+    for name, kind in ("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"):
+        monkeypatch.setattr(datasets, kind, Stub)
+        images = data.load(name, NOWHERE, 32)
+        assert torch.equal(images.train.images, torch.from_numpy(pixels))
+        assert images.test.labels.tolist() == [1, 0]
+        assert (images.name, images.identity, images.test_identity) == (name, name, name)
+        assert images.horizontal_flip
+    small = data.load("cifar10", NOWHERE, 16).train.images
+    expected = Image.fromarray(pixels[5]).resize((16, 16), Image.Resampling.BILINEAR)
+    assert torch.equal(small[5], torch.from_numpy(np.array(expected)))
 
 
 def test_a_folder_of_mixed_images_becomes_rgb_of_one_size(images):
-    loaded = data.load(str(images), Path("unused"), 16)
+    loaded = data.load(str(images), NOWHERE, 16)
     assert loaded.name == "shades"
     assert loaded.classes == ["dark", "light"]
     assert loaded.train.images.shape == (80, 16, 16, 3)
@@ -95,6 +181,22 @@ def test_a_folder_of_mixed_images_becomes_rgb_of_one_size(images):
     assert loaded.test.labels.tolist() == [0] * 11 + [1] * 11
     grey = loaded.train.images[0]  # image 0 is grey and 20x24
     assert torch.equal(grey[..., 0], grey[..., 2])
+    assert loaded.summary() == "shades: 80 training and 22 test images of 2 classes"
+
+
+def test_a_folder_can_be_measured_without_its_training_images(tmp_path):
+    folder = write_images(tmp_path / "x", train=3, test=2)
+    whole = data.load(str(folder), NOWHERE, 16)
+    shutil.rmtree(folder / "train")
+    alone = data.load(str(folder), NOWHERE, 16, train=False)
+    assert torch.equal(alone.test.images, whole.test.images)
+    assert (alone.classes, alone.test_identity) == (whole.classes, whole.test_identity)
+    assert (alone.train, alone.identity) == (None, "")
+    with pytest.raises(utils.Failure, match=r"^x was read without its training images$"):
+        alone.mean_and_std()
+    for more in {}, {"val_fraction": 0.5, "train": False}:
+        with pytest.raises(utils.Failure, match="has no folder train/"):
+            data.load(str(folder), NOWHERE, 16, **more)
 
 
 def test_grey_images_of_16_bits_keep_their_range(tmp_path):
@@ -103,47 +205,82 @@ def test_grey_images_of_16_bits_keep_their_range(tmp_path):
     assert set(data._read([str(tmp_path / "a.png")], 16)[0].flatten().tolist()) == {128}
 
 
-def test_held_out_images_are_training_images_that_are_not_trained_on():
-    whole, part = (data.load("digits", Path("unused"), 16, fraction) for fraction in (0.0, 0.25))
+def test_held_out_images_are_training_images_that_are_not_trained_on(digits):
+    part = data.load("digits", NOWHERE, 16, 0.25)
     assert (len(part.train.labels), len(part.test.labels)) == (1437 - 359, 359)
+    assert part.summary() == "digits: 1,078 training and 359 held-out training images of 10 classes"
+    assert part.test_identity != digits.test_identity
 
     def pictures(*splits: data.Split) -> Counter:
-        return Counter(image.numpy().tobytes() for split in splits for image in split.images)
+        return Counter(
+            (image.numpy().tobytes(), int(label)) for s in splits for image, label in zip(s.images, s.labels)
+        )
 
-    assert pictures(part.train, part.test) == pictures(whole.train)
-    assert not pictures(part.test) & pictures(whole.test)
-    again = data.load("digits", Path("unused"), 16, 0.25)
-    assert torch.equal(again.test.labels, part.test.labels)
-    with pytest.raises(utils.Failure, match="--val-fraction"):
-        data.load("digits", Path("unused"), 16, 1e-5)
+    assert pictures(part.train, part.test) == pictures(digits.train)
+    assert not pictures(part.test) & pictures(digits.test)
+    again = data.load("digits", NOWHERE, 16, 0.25)
+    assert torch.equal(again.test.images, part.test.images) and torch.equal(again.train.labels, part.train.labels)
 
 
-def test_a_folder_is_known_by_its_files_wherever_it_is(tmp_path):
-    one = data.load(str(write_images(tmp_path / "1" / "x")), Path("unused"), 16)
-    changed = write_images(tmp_path / "2" / "x") / "train" / "dark" / "1.png"
+@pytest.mark.parametrize("fraction", [1e-5, 0.9999])
+def test_a_fraction_that_leaves_no_images_on_one_side_is_refused(fraction):
+    message = f"^argument --val-fraction: {fraction} of 1437 images leaves none on one side$"
+    with pytest.raises(utils.Failure, match=message):
+        data.load("digits", NOWHERE, 16, fraction)
+
+
+def test_a_folder_is_identified_by_its_files_wherever_it_is(tmp_path):
+    one = data.load(str(write_images(tmp_path / "1" / "x", train=3, test=2)), NOWHERE, 16)
+    changed = write_images(tmp_path / "2" / "x", train=3, test=2) / "train" / "dark" / "1.png"
     Image.new("RGB", (16, 16), "red").save(changed)
-    two = data.load(str(tmp_path / "2" / "x"), Path("unused"), 16)
+    two = data.load(str(tmp_path / "2" / "x"), NOWHERE, 16)
     assert one.name == two.name
     assert one.identity != two.identity
+    assert one.test_identity == two.test_identity
+    (tmp_path / "2" / "x" / "test" / "dark" / "0.png").rename(tmp_path / "2" / "x" / "test" / "dark" / "a.png")
+    assert data.load(str(tmp_path / "2" / "x"), NOWHERE, 16).test_identity != one.test_identity
     shutil.move(tmp_path / "1" / "x", tmp_path / "y")
-    assert data.load(str(tmp_path / "y"), Path("unused"), 16).identity == one.identity
+    moved = data.load(str(tmp_path / "y"), NOWHERE, 16)
+    assert (moved.identity, moved.test_identity) == (one.identity, one.test_identity)
 
 
-def test_hidden_files_and_folders_are_not_images(tmp_path):
+def test_hidden_files_and_files_that_are_not_images_are_left_out_and_named(tmp_path):
     folder = write_images(tmp_path / "x", train=3, test=2)
-    for part in "train", "test":
+    whole = data.load(str(folder), NOWHERE, 16)
+    for part in "train", "test":  # 3 hidden entries in each
         shutil.copytree(folder / part / "light", folder / part / ".ipynb_checkpoints")
         shutil.copytree(folder / part / "light", folder / part / "dark" / ".ipynb_checkpoints")
         (folder / part / "light" / "._0.png").write_text("not an image")
-    loaded = data.load(str(folder), Path("unused"), 16)
+    loaded = data.load(str(folder), NOWHERE, 16)
+    assert loaded.summary() == ("x: 6 training and 4 test images of 2 classes; left out: 6 hidden files or folders")
+    (folder / "train" / "notes.txt").write_text("between the classes")
+    (folder / "test" / "light" / "Thumbs.db").write_text("among the images")
+    loaded = data.load(str(folder), NOWHERE, 16)
+    assert loaded.summary() == (
+        "x: 6 training and 4 test images of 2 classes; left out: 6 hidden files or folders, "
+        "2 files that are not images, such as notes.txt"
+    )
     assert loaded.classes == ["dark", "light"]
-    assert (len(loaded.train.labels), len(loaded.test.labels)) == (6, 4)
+    assert loaded.identity == whole.identity
+
+
+def test_images_in_folders_below_a_class_belong_to_it(tmp_path):
+    folder = write_images(tmp_path / "x", train=3, test=2)
+    (folder / "train" / "dark" / "below").mkdir()
+    Image.new("RGB", (16, 16), "red").save(folder / "train" / "dark" / "below" / "A.JPEG")
+    assert data.load(str(folder), NOWHERE, 16).train.labels.tolist() == [0] * 4 + [1] * 3
+
+
+# --- Images that cannot be used ------------------------------------------------------------------------------------
 
 
 def broken(folder: Path, how: str) -> None:
     image = folder / "train" / "dark" / "1.png"
     if how == "no test":
         shutil.rmtree(folder / "test")
+    elif how == "no classes":
+        shutil.rmtree(folder / "test")
+        (folder / "test").mkdir()
     elif how == "other classes":
         (folder / "test" / "light").rename(folder / "test" / "bright")
     elif how == "one class":
@@ -159,36 +296,123 @@ def broken(folder: Path, how: str) -> None:
         image.symlink_to("nowhere.png")
     elif how == "not an image":
         image.write_text("hello")
+    elif how == "floats":
+        Image.fromarray(np.zeros((16, 16), np.float32)).save(folder / "train" / "dark" / "a.tiff")
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no test", "has no folder test/"),
-        ("other classes", "classes in only one of train/ and test/: bright, light"),
-        ("one class", "one class only, dark"),
-        ("empty class", "light"),
-        ("truncated image", "train/dark/1.png cannot be read"),
-        ("dangling link", "train/dark/1.png cannot be read"),
-        ("not an image", "train/dark/1.png cannot be read"),
+        ("no test", "has no folder test/: it needs train/<class>/ and test/<class>/ with images"),
+        ("no classes", "test has no class folders"),
+        ("other classes", "has classes in only one of train/ and test/: bright, light"),
+        ("one class", "has only the class dark: training needs two or more"),
+        ("empty class", "train/light has no images (.jpg, "),
+        ("truncated image", "train/dark/1.png cannot be read as an image: "),
+        ("dangling link", "train/dark/1.png cannot be read as an image: "),
+        ("not an image", "train/dark/1.png cannot be read as an image: cannot identify image file"),
+        ("floats", "train/dark/a.tiff cannot be read as an image: floating-point pixels have no agreed range"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path, how, message):
     folder = write_images(tmp_path / "x", train=3, test=2)
     broken(folder, how)
     with pytest.raises(utils.Failure) as failure:
-        data.load(str(folder), Path("unused"), 16)
+        data.load(str(folder), NOWHERE, 16)
     assert message in str(failure.value)
     assert "\n" not in str(failure.value)
 
 
-def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
-    def refuse(*_args, **_more):
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch, existed):
+    def refuse(*_args: object, **_more: object) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
+    folder = tmp_path / "data"
+    if existed:
+        folder.mkdir()
     with pytest.raises(utils.Failure) as failure:
-        data.load("cifar10", tmp_path / "data", 32)
-    for word in (str(tmp_path / "data"), "cifar-10-python.tar.gz", "--dataset FOLDER", "digits", "no network"):
+        data.load("cifar10", folder, 32)
+    for word in (str(folder), "cifar-10-python.tar.gz", "--dataset FOLDER", "digits", "no network"):
         assert word in str(failure.value)
-    assert not (tmp_path / "data").exists()
+    assert folder.exists() == existed
+
+
+# --- The images of a checkpoint ------------------------------------------------------------------------------------
+
+
+def arguments(**changes) -> argparse.Namespace:
+    nothing = {"dataset": None, "data_dir": NOWHERE, "image_size": None, "val_fraction": None}
+    return argparse.Namespace(**nothing | changes)
+
+
+def checkpoint(images: data.Dataset, **settings) -> dict:
+    """As main.py writes it, as far as it concerns images."""
+    mean, std = images.mean_and_std()
+    size = images.train.images.shape[1]
+    settings = {"dataset": images.identity, "image_size": size, "val_fraction": images.val_fraction} | settings
+    net = {"linear.weight": torch.zeros(len(images.classes), 3)}
+    return {"net": net, "settings": settings, "mean": mean, "std": std, "test_images": images.test_identity}
+
+
+FILE = Path("x.pth")
+
+
+def test_images_are_by_default_those_of_the_checkpoints(digits):
+    found = data.of_checkpoints(arguments(), {FILE: checkpoint(digits)})
+    assert torch.equal(found.test.images, digits.test.images)
+    data.check(FILE, checkpoint(digits), found)
+    larger = data.of_checkpoints(arguments(image_size=20), {FILE: checkpoint(digits)})
+    assert larger.test.images.shape == (360, 20, 20, 3)
+    with pytest.raises(utils.Failure, match=r"x.pth was made with other images: image_size 16 there, 20 asked$"):
+        data.check(FILE, checkpoint(digits), larger)
+    with pytest.raises(utils.Failure, match="were made with a folder of images: name it with --dataset"):
+        data.of_checkpoints(arguments(), {FILE: checkpoint(digits, dataset="folder 0123456789abcdef")})
+
+
+def test_networks_tuned_on_held_out_images_are_measured_on_them_unless_asked_otherwise():
+    part = data.load("digits", NOWHERE, 16, 0.25)
+    found = data.of_checkpoints(arguments(), {FILE: checkpoint(part)})
+    assert torch.equal(found.test.images, part.test.images) and found.held_out_scores
+    data.check(FILE, checkpoint(part), found)
+    tested = data.of_checkpoints(arguments(val_fraction=0.0), {FILE: checkpoint(part)})
+    assert len(tested.test.labels) == 360 and not tested.held_out_scores
+    data.check(FILE, checkpoint(part), tested)
+    old = {name: value for name, value in checkpoint(part).items() if name not in ("mean", "std")}
+    tested = data.of_checkpoints(arguments(val_fraction=0.0), {FILE: old})
+    assert len(tested.test.labels) == 360 and not tested.held_out_scores
+    assert tested.mean_and_std() == part.mean_and_std() != data.load("digits", NOWHERE, 16).mean_and_std()
+    data.check(FILE, old, tested)
+
+
+def test_training_images_are_read_only_where_a_checkpoint_needs_them(tmp_path):
+    folder = write_images(tmp_path / "x", train=3, test=2)
+    whole = data.load(str(folder), NOWHERE, 16)
+    new, old = checkpoint(whole), {"net": checkpoint(whole)["net"], "acc": 50.0}
+    both = arguments(dataset=str(folder), image_size=16)
+    assert data.of_checkpoints(both, {FILE: new, Path("y.pth"): old}).train is not None
+    shutil.rmtree(folder / "train")
+    found = data.of_checkpoints(arguments(dataset=str(folder)), {FILE: new})
+    assert found.train is None
+    data.check(FILE, new, found)
+    with pytest.raises(utils.Failure, match=r"x.pth was made with other images: test_images folder .* there, folder"):
+        data.check(FILE, new | {"test_images": "folder 0123456789abcdef"}, found)
+    with pytest.raises(utils.Failure, match="has no folder train/"):
+        data.of_checkpoints(both, {FILE: old})
+
+
+def test_a_network_of_other_classes_or_images_is_refused(digits):
+    with pytest.raises(utils.Failure, match=r"^x.pth has 3 outputs, and digits has 10 classes$"):
+        data.check(FILE, {"net": {"linear.weight": torch.zeros(3, 3)}}, digits)
+    with pytest.raises(utils.Failure, match=r"other images: val_fraction 0.25 there, 0.0 asked, dataset mine there"):
+        data.check(FILE, checkpoint(digits, val_fraction=0.25, dataset="mine"), digits)
+    data.check(FILE, {"net": checkpoint(digits)["net"]}, digits)  # a file of another program says nothing
+
+
+def test_images_are_normalized_by_the_constants_of_the_checkpoint(digits):
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 1.0]}
+    for saved, (mean, std) in (own, own.values()), ({}, digits.mean_and_std()):
+        batches = data.test_batches(saved, digits, CPU)
+        assert torch.equal(batches.mean, torch.tensor(mean)) and torch.equal(batches.std, torch.tensor(std))
+        assert batches.images is digits.test.images

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_resnet18 import ResNet18
 from torch import nn
@@ -12,8 +12,12 @@ from torch import nn
 import models
 import pruning
 
+repeatable = settings(deadline=None, derandomize=True)
+EVERY = pytest.mark.parametrize("allocation", pruning.ALLOCATIONS)
+
 
 def network(*, ties: bool = False, zeros: float = 0.0) -> nn.Module:
+    """Three layers of 216, 40 and 140 weights; with `ties` many of them have the same magnitude."""
     torch.manual_seed(1)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1, bias=False), nn.Flatten(), nn.Linear(20, 7)
@@ -21,182 +25,286 @@ def network(*, ties: bool = False, zeros: float = 0.0) -> nn.Module:
     with torch.no_grad():
         for weight in pruning.prunable(net).values():
             if ties:
-                weight.copy_((weight * 20).round() / 20)
+                weight.copy_(weight.sign() * ((weight.abs() * 20).round() + 1) / 20)
             weight[torch.rand_like(weight) < zeros] = 0
     return net
+
+
+def linear_layers(*shapes: tuple[int, int]) -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(*(nn.Linear(inputs, outputs, bias=False) for inputs, outputs in shapes))
 
 
 def flat(values: dict) -> torch.Tensor:
     return torch.cat([value.detach().flatten() for value in values.values()])
 
 
+def zeros_of(masks: pruning.Masks) -> list[int]:
+    return [int((~mask).sum()) for mask in masks.values()]
+
+
+def same(one: pruning.Masks, other: pruning.Masks) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- What can be pruned --------------------------------------------------------------------------------------------
+
+
+def test_weights_of_convolutions_and_linear_layers_are_prunable_in_the_order_of_the_modules():
+    net = network()
+    assert list(pruning.prunable(net)) == ["0.weight", "2.weight", "4.weight"]
+    assert pruning.prunable(net)["2.weight"] is net[2].weight
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left_out"),
+    [
+        (["linear"], ["linear"]),
+        (["conv1"], ["conv1"]),  # and not layer1.0.conv1
+        (["layer1.2"], ["layer1.2.conv1", "layer1.2.conv2"]),
+        (["layer2"], [f"layer2.{block}.conv{conv}" for block in (0, 1, 2) for conv in (1, 2)]),
+        (["layer3.0.conv2", "linear"], ["layer3.0.conv2", "linear"]),
+    ],
+)
+def test_excluded_layers_and_containers_are_not_prunable(exclude, left_out):
+    with torch.device("meta"):
+        net = models.build("resnet20", 10)
+    everything, rest = pruning.prunable(net), pruning.prunable(net, exclude)
+    assert list(rest) == [name for name in everything if name.removesuffix(".weight") not in left_out]
+    assert len(everything) == len(rest) + len(left_out)
+
+
+@pytest.mark.parametrize("unknown", ["layer9", "layer", "linear.weight", "bn1", "layer1.0.shortcut", ""])
+def test_a_name_that_fits_no_layer_is_refused(unknown):
+    net = models.build("resnet20", 10)
+    for function in pruning.prunable, pruning.count_zeros, pruning.sparsity:
+        with pytest.raises(ValueError, match=f"no convolution or linear layer {unknown}$"):
+            function(net, ["conv1", unknown])
+    with pytest.raises(ValueError, match=f"no convolution or linear layer {unknown}$"):
+        pruning.compute_masks(net, 100, "global", [unknown])
+
+
+@EVERY
+def test_excluded_layers_have_no_mask_and_do_not_count(allocation):
+    net = models.build("resnet20", 10)
+    exclude = ["conv1", "layer1"]
+    with torch.no_grad():
+        net.conv1.weight.zero_()  # zeros in an excluded layer are not pruned weights
+    weights = 268_336 - 432 - 6 * 2304
+    zeros = round(0.9 * weights)
+    masks = pruning.compute_masks(net, zeros, allocation, exclude)
+    assert list(masks) == list(pruning.prunable(net, exclude))
+    assert sum(zeros_of(masks)) == zeros
+    pruning.apply(net, masks)
+    assert pruning.sparsity(net, exclude) == zeros / weights
+    assert all(weight.all() for name, weight in net.named_parameters() if name.startswith("layer1.0.conv"))
+
+
+def test_zeros_are_counted_in_each_layer():
+    net = network()
+    with torch.no_grad():
+        net[0].weight.view(-1)[:7] = 0.0
+        net[2].weight.view(-1)[3] = -0.0
+    assert pruning.count_zeros(net) == {"0.weight": (7, 216), "2.weight": (1, 40), "4.weight": (0, 140)}
+    assert pruning.count_zeros(net, ["0"]) == {"2.weight": (1, 40), "4.weight": (0, 140)}
+    assert pruning.sparsity(net) == 8 / 396
+    assert pruning.sparsity(net, ["0"]) == 1 / 180
+
+
+# --- How much ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sparsity", "steps"), [(0.5, 6), (0.75, 12), (0.9, 20)])
+def test_the_iterative_schedule_has_the_classic_number_of_steps(sparsity, steps):
+    weights = 11_164_352
+    levels = pruning.schedule(weights, sparsity, 0.11)
+    assert len(levels) == steps
+    assert levels[-1] == round(sparsity * weights)
+    left = weights
+    for zeros in levels[:-1]:
+        left -= round(0.11 * left)
+        assert weights - zeros == left
+
+
+@repeatable
+@given(weights=st.integers(1, 10**7), sparsity=st.floats(0, 1, exclude_max=True), step=st.floats(0.01, 0.99))
+def test_every_schedule_rises_to_exactly_its_target(weights, sparsity, step):
+    levels = pruning.schedule(weights, sparsity, step)
+    assert levels[-1] == round(sparsity * weights)
+    assert all(low < high for low, high in itertools.pairwise(levels))
+    assert levels[0] > 0 or levels == [0]
+
+
+@repeatable
+@given(weights=st.integers(1, 10**6), sparsities=st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2))
+def test_targets_share_their_steps(weights, sparsities):
+    low, high = (pruning.schedule(weights, sparsity, 0.11) for sparsity in sorted(sparsities))
+    assert low[:-1] == high[: len(low) - 1]
+
+
+def test_a_schedule_continues_from_the_zeros_that_exist():
+    levels = pruning.schedule(1000, 0.5, 0.1)
+    assert levels == [100, 190, 271, 344, 410, 469, 500]
+    for index, zeros in enumerate(levels[:-1]):
+        assert pruning.schedule(1000, 0.5, 0.1, zeros) == levels[index + 1 :]
+    assert pruning.schedule(1000, 0.5, 0.1, 450) == [500]  # not 505
+    assert pruning.schedule(1000, 0.5, 0.1, 500) == [500]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "most"), [("global", 396 - 1), ("uniform", 40 - 1), ("erk", 396 - 3), ("lamp", 396 - 3)]
+)
+def test_no_more_weights_are_pruned_than_an_allocation_can(allocation, most):
+    net = network()
+    assert pruning.max_zeros(net, allocation) == most
+    masks = pruning.compute_masks(net, most, allocation)
+    assert sum(zeros_of(masks)) == most
+    with pytest.raises(ValueError, match=f"cannot have {most + 1} zeros"):
+        pruning.compute_masks(net, most + 1, allocation)
+
+
+@EVERY
+def test_weights_that_are_zero_stay_pruned_and_count(allocation):
+    net = network(zeros=0.3)
+    pruned = flat(pruning.prunable(net)) == 0
+    count = int(pruned.sum())
+    assert torch.equal(flat(pruning.compute_masks(net, count, allocation)), ~pruned)
+    with pytest.raises(ValueError, match=f"^cannot have {count - 1} zeros: {count} weights are zero already$"):
+        pruning.compute_masks(net, count - 1, allocation)
+    net[4].weight.data[net[4].weight == 0] = -0.0
+    assert torch.equal(flat(pruning.compute_masks(net, count, allocation)), ~pruned)
+
+
+def test_global_pruning_leaves_the_largest_weight_at_least():
+    net = network()
+    magnitude = flat(pruning.prunable(net)).abs()
+    kept = flat(pruning.compute_masks(net, 395))
+    assert magnitude[kept].tolist() == [magnitude.max()]
+
+
+# --- Which weights -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("zeros", [0.0, 0.3])
-@pytest.mark.parametrize("sparsity", [0.0, 0.11, 0.5, 0.75, 0.9, 0.999])
-def test_one_threshold_over_all_layers_and_an_exact_count(ties, zeros, sparsity):
+@pytest.mark.parametrize("share", [0.0, 0.11, 0.5, 0.75, 0.9, 0.997])
+def test_one_threshold_on_the_magnitude_decides_over_all_layers(ties, zeros, share):
     net = network(ties=ties, zeros=zeros)
     magnitude = flat(pruning.prunable(net)).abs()
-    count = round(sparsity * len(magnitude))
-    masks = pruning.choose(net, count)
-    kept = flat(masks)
+    pruned = int((magnitude == 0).sum())
+    count = pruned + round(share * (len(magnitude) - pruned))
+    kept = flat(pruning.compute_masks(net, count))
     assert int((~kept).sum()) == count
     # The pruned magnitudes are, as a sorted list, the smallest ones of a plain sort; ties may fall either way.
     assert torch.equal(magnitude[~kept].sort().values, magnitude.sort().values[:count])
 
 
-def test_change_is_the_share_of_the_norm_that_pruning_takes():
-    net = network()
-    masks = pruning.choose(net, 200)
-    weights, kept = flat(pruning.prunable(net)), flat(masks)
-    expected = float(weights[~kept].norm() / weights.norm())
-    assert pruning.change(net, masks) == pytest.approx(expected, rel=1e-5)
-    pruning.apply(net, masks)
-    assert pruning.change(net, masks) == 0
+@EVERY
+def test_pruning_one_weight_at_a_time_ends_where_pruning_at_once_does(allocation):
+    """So masks only shrink, counts are exact, and no layer has to give a zero back (the Alabama paradox)."""
+    net, dense = network(), network()
+    most = pruning.max_zeros(net, allocation)
+    for zeros in range(most + 1):
+        at_once = pruning.compute_masks(dense, zeros, allocation)
+        assert sum(zeros_of(at_once)) == zeros
+        assert same(pruning.compute_masks(net, zeros, allocation), at_once)
+        pruning.apply(net, at_once)
+    assert sum(zeros_of(at_once)) == most
 
 
-def test_resnet18_counts_are_those_of_the_literature():
-    with torch.device("meta"):
-        net = models.build("resnet18", 10)
-    weights = pruning.prunable(net)
-    assert len(weights) == 21
-    assert sum(w.numel() for w in weights.values()) == 11_164_352
-    assert sum(p.numel() for p in net.parameters()) == 11_173_962
-
-
-def test_only_weights_of_convolutions_and_linear_layers_are_touched():
-    net = network()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    pruning.apply(net, pruning.choose(net, 300))
-    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"0.weight", "2.weight", "4.weight"}
-    assert set(net.state_dict()) == set(before)
-
-
-def test_masks_only_shrink_whatever_happens_to_the_weights():
-    net, masks = network(), None
-    total = flat(pruning.prunable(net)).numel()
-    for zeros in pruning.levels(total, 0.9, 0.11):
-        new = pruning.choose(net, zeros, masks)
-        assert int((~flat(new)).sum()) == zeros
-        if masks:
-            assert not (flat(new) & ~flat(masks)).any()
-        masks = new
-        with torch.no_grad():  # pruned weights that come back large must not be chosen to stay
-            for weight in pruning.prunable(net).values():
-                weight.normal_()
-    with pytest.raises(ValueError, match="zeros"):
-        pruning.choose(net, 10, masks)
-
-
-def test_channels_last_weights_get_the_same_masks():
-    net = models.build("resnet20", 10)
-    masks = pruning.choose(net, 200_000)
-    other = pruning.choose(net.to(memory_format=torch.channels_last), 200_000)
-    assert torch.equal(flat(masks), flat(other))
-
-
-@pytest.mark.parametrize(("sparsity", "steps"), [(0.5, 6), (0.75, 12), (0.9, 20)])
-def test_the_iterative_schedule_has_the_classic_number_of_steps(sparsity, steps):
-    total = 11_164_352
-    schedule = pruning.levels(total, sparsity, 0.11)
-    assert len(schedule) == steps
-    assert schedule[-1] == round(sparsity * total)
-    left = total
-    for zeros in schedule[:-1]:
-        left -= round(0.11 * left)
-        assert total - zeros == left
-
-
-@given(weights=st.integers(1, 10**7), sparsity=st.floats(0, 1, exclude_max=True), step=st.floats(0.01, 0.99))
-def test_every_schedule_rises_to_exactly_its_target(weights, sparsity, step):
-    schedule = pruning.levels(weights, sparsity, step)
-    target = round(sparsity * weights)
-    assert schedule[-1] == target
-    assert all(low < high for low, high in itertools.pairwise(schedule))
-    assert schedule[0] > 0 or schedule == [0]
-
-
-@given(weights=st.integers(1, 10**6), sparsities=st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2))
-def test_targets_share_their_steps(weights, sparsities):
-    low, high = (pruning.levels(weights, sparsity, 0.11) for sparsity in sorted(sparsities))
-    assert low[:-1] == high[: len(low) - 1]
-
-
-def test_pruned_weights_stay_zero_through_momentum_and_weight_decay():
-    net = network()
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=0.1)
-    for _ in range(3):  # momentum that would move every weight
-        net(torch.randn(4, 3, 4, 4)).square().sum().backward()
-        optimizer.step()
-    masks = pruning.choose(net, 300)
-    pruning.apply(net, masks)
-    start = {name: weight.detach().clone() for name, weight in pruning.prunable(net).items()}
-    keep = pruning.keeper(net, masks)
-    for _ in range(5):
-        optimizer.zero_grad()
-        net(torch.randn(4, 3, 4, 4)).square().sum().backward()
-        optimizer.step()
-        keep()
-        for name, weight in pruning.prunable(net).items():
-            assert (weight[~masks[name]] == 0).all()
-    for name, weight in pruning.prunable(net).items():
-        assert (weight[masks[name]] != start[name][masks[name]]).all()
-    pruning.apply(net, masks)
-    zeros = torch.cat([weight[~masks[name]].detach() for name, weight in pruning.prunable(net).items()])
-    assert not zeros.signbit().any(), "a pruned weight is -0.0"
-
-
-def zeros_of(masks: dict) -> list[int]:
-    return [int((~mask).sum()) for mask in masks.values()]
-
-
-@pytest.mark.parametrize("allocation", pruning.ALLOCATIONS)
+@EVERY
+@repeatable
 @given(data=st.data())
-def test_every_allocation_is_exact_monotone_and_leaves_each_layer_a_weight(allocation, data):
-    net, masks = network(ties=True, zeros=data.draw(st.sampled_from([0.0, 0.5, 1.0]))), None
-    most = pruning.most_zeros(net, allocation)
+def test_every_allocation_is_exact_and_revives_nothing_whatever_training_does(allocation, data):
+    net, before = network(ties=True), None
+    most = pruning.max_zeros(net, allocation)
     for zeros in sorted(data.draw(st.lists(st.integers(0, most), min_size=1, max_size=4))):
-        new = pruning.choose(net, zeros, masks, allocation)
-        assert sum(zeros_of(new)) == zeros
-        if masks:
-            assert not (flat(new) & ~flat(masks)).any(), "a pruned weight came back"
+        masks = pruning.compute_masks(net, zeros, allocation)
+        assert sum(zeros_of(masks)) == zeros
+        if before:
+            assert not (flat(masks) & ~flat(before)).any(), "a pruned weight came back"
         if allocation != "global":
-            assert all(mask.any() for mask in new.values()), "a layer is empty"
-        masks = new
+            assert all(mask.any() for mask in masks.values()), "a layer is empty"
         with torch.no_grad():
-            for weight in pruning.prunable(net).values():
-                weight.normal_()
+            for name, weight in pruning.prunable(net).items():
+                weight.normal_().mul_(masks[name])
+        before = masks
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "erk", "lamp"])
-def test_more_zeros_than_an_allocation_can_prune_are_refused(allocation):
-    net = network()
-    most = pruning.most_zeros(net, allocation)
-    assert most == {"uniform": 40 - 1}.get(allocation, 216 + 40 + 140 - 3)
-    with pytest.raises(ValueError, match="zeros"):
-        pruning.choose(net, most + 1, None, allocation)
+@EVERY
+def test_ties_fall_the_same_way_with_any_number_of_threads_and_any_layout(allocation):
+    net = models.build("resnet20", 10)
+    with torch.no_grad():
+        for weight in pruning.prunable(net).values():  # four magnitudes, the same in every layer
+            weight.copy_(torch.arange(1, weight.numel() + 1).view(weight.shape) % 4 + 1)
+    masks = pruning.compute_masks(net, 200_000, allocation)
+    assert sum(zeros_of(masks)) == 200_000
+    assert same(pruning.compute_masks(net, 200_000, allocation), masks)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert same(pruning.compute_masks(net, 200_000, allocation), masks)
+        torch.set_num_threads(3)
+        assert same(pruning.compute_masks(net, 200_000, allocation), masks)
+    finally:
+        torch.set_num_threads(threads)
+    assert same(pruning.compute_masks(net.to(memory_format=torch.channels_last), 200_000, allocation), masks)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@EVERY
+def test_a_gpu_computes_the_same_masks(allocation):
+    net = models.build("resnet20", 10)
+    masks = pruning.compute_masks(net, 200_000, allocation)
+    assert same(pruning.compute_masks(net.cuda(), 200_000, allocation), masks)
+
+
+@EVERY
 def test_layers_lose_their_smallest_magnitudes(allocation):
     net = models.build("resnet20", 10)
     for mask, weight in zip(
-        pruning.choose(net, 200_000, None, allocation).values(), pruning.prunable(net).values(), strict=True
+        pruning.compute_masks(net, 200_000, allocation).values(), pruning.prunable(net).values(), strict=True
     ):
         magnitude = weight.detach().abs()
         assert mask.all() or magnitude[~mask].max() <= magnitude[mask].min()
 
 
-def test_uniform_keeps_the_first_and_the_last_layer_dense_and_prunes_the_others_alike():
+def test_uniform_prunes_the_same_share_of_every_layer_but_the_first_and_the_last():
+    net = linear_layers((1, 10), (10, 10), (10, 20), (20, 15), (15, 2))  # 10, 100, 200, 300 and 30 weights
+    assert zeros_of(pruning.compute_masks(net, 300, "uniform")) == [0, 50, 100, 150, 0]
+    assert zeros_of(pruning.compute_masks(net, 540, "uniform")) == [0, 90, 180, 270, 0]
+    assert zeros_of(pruning.compute_masks(net, 597, "uniform")) == [0, 99, 199, 299, 0]
+    # 16 weights of 50, 100 and 350 are shares of 1.6, 3.2 and 11.2; they are rounded, not cut off.
+    net = linear_layers((1, 5), (5, 10), (10, 10), (10, 35), (35, 2))
+    assert zeros_of(pruning.compute_masks(net, 484, "uniform")) == [0, 50 - 2, 100 - 3, 350 - 11, 0]
+
+
+def test_uniform_prunes_layers_of_a_resnet_alike():
     net = models.build("resnet20", 10)
-    zeros = zeros_of(pruning.choose(net, 243_806, None, "uniform"))
+    zeros = zeros_of(pruning.compute_masks(net, 241_502, "uniform"))
     sizes = [weight.numel() for weight in pruning.prunable(net).values()]
     assert zeros[0] == zeros[-1] == 0
-    share = 243_806 / sum(sizes[1:-1])
+    share = 241_502 / sum(sizes[1:-1])
     assert all(abs(z - share * size) < 1 for z, size in zip(zeros[1:-1], sizes[1:-1]))
 
 
-@pytest.mark.parametrize("target", [20_000, 135_000, 243_806, 265_000])
+def test_uniform_keeps_the_first_and_the_last_layer_of_the_network_dense_whatever_is_excluded():
+    net = linear_layers((1, 10), (10, 10), (10, 20), (20, 15), (15, 2))
+    assert pruning.max_zeros(net, "uniform", ["0", "1"]) == 200 + 300 - 2
+    assert zeros_of(pruning.compute_masks(net, 250, "uniform", ["0", "1"])) == [100, 150, 0]
+    assert zeros_of(pruning.compute_masks(net, 250, "uniform", ["1", "4"])) == [0, 100, 150]
+
+
+def test_erk_keeps_as_many_weights_as_the_dimensions_of_a_layer_say():
+    net = linear_layers((20, 30), (30, 40), (40, 10))  # 50, 70 and 50 dimensions; 600, 1200 and 400 weights
+    assert zeros_of(pruning.compute_masks(net, 2200 - 170, "erk")) == [600 - 50, 1200 - 70, 400 - 50]
+    assert zeros_of(pruning.compute_masks(net, 2200 - 850, "erk")) == [600 - 250, 1200 - 350, 400 - 250]
+    # Nine weights a dimension would be 450 of 400: the last layer is dense, and the others share the rest.
+    assert zeros_of(pruning.compute_masks(net, 2200 - 400 - 1080, "erk")) == [600 - 450, 1200 - 630, 0]
+
+
+@pytest.mark.parametrize("target", [20_000, 135_000, 241_502, 265_000])
 def test_erk_densities_are_in_proportion_to_the_dimensions_of_the_layers(target):
     net = models.build("resnet20", 10)
     weights = pruning.prunable(net).values()
@@ -206,7 +314,7 @@ def test_erk_densities_are_in_proportion_to_the_dimensions_of_the_layers(target)
         middle = (low + high) / 2
         kept = sum(min(1, middle * r) * weight.numel() for r, weight in zip(raw, weights))
         low, high = (middle, high) if kept < sum(w.numel() for w in weights) - target else (low, middle)
-    for zeros, r, weight in zip(zeros_of(pruning.choose(net, target, None, "erk")), raw, weights):
+    for zeros, r, weight in zip(zeros_of(pruning.compute_masks(net, target, "erk")), raw, weights):
         assert abs(zeros - (1 - min(1, low * r)) * weight.numel()) < 1
 
 
@@ -217,16 +325,105 @@ def test_lamp_is_one_threshold_on_the_scores_of_its_paper(zeros):
     for name, weight in pruning.prunable(net).items():
         squares = weight.detach().double().square().flatten()
         scores[name] = torch.stack([square / squares[squares >= square].sum() for square in squares])
-    masks = pruning.choose(net, zeros, None, "lamp")
+    masks = pruning.compute_masks(net, zeros, "lamp")
     kept, every = flat(masks), flat(scores)
     assert int((~kept).sum()) == zeros
     assert zeros == 0 or every[~kept].max() < every[kept].min()
 
 
+@pytest.mark.parametrize(
+    ("allocation", "layer", "name"), [("uniform", 0, "0.weight"), ("uniform", 2, "2.weight"), ("erk", 1, "1.weight")]
+)
+def test_an_allocation_that_would_have_to_revive_a_weight_is_refused(allocation, layer, name):
+    """All zeros are in one layer, which has more of them than its share."""
+    net = linear_layers((20, 20), (20, 20), (20, 20), (20, 20))
+    with torch.no_grad():
+        net[layer].weight.view(-1)[:300] = 0.0
+    share = {"uniform": 0 if layer == 0 else 200, "erk": 100}[allocation]
+    message = f"allocation {allocation} would have to revive {300 - share} pruned weights of {name}$"
+    with pytest.raises(ValueError, match=message):
+        pruning.compute_masks(net, 400, allocation)
+    for other in "global", "lamp":
+        masks = pruning.compute_masks(net, 400, other)
+        assert sum(zeros_of(masks)) == 400
+        assert not masks[name].view(-1)[:300].any()
+
+
+def test_an_allocation_takes_zeros_that_fit_its_shares():
+    net = linear_layers((20, 20), (20, 20), (20, 20), (20, 20))
+    with torch.no_grad():
+        net[1].weight.view(-1)[:200] = 0.0
+    assert zeros_of(pruning.compute_masks(net, 400, "uniform")) == [0, 200, 200, 0]
+    assert zeros_of(pruning.compute_masks(net, 800, "erk")) == [200] * 4
+
+
+# --- They stay pruned ----------------------------------------------------------------------------------------------
+
+
+def test_applying_masks_touches_only_weights_of_convolutions_and_linear_layers():
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    masks = pruning.compute_masks(net, 300)
+    pruning.apply(net, masks)
+    for name, value in net.state_dict().items():
+        expected = torch.where(masks[name], before[name], 0.0) if name in masks else before[name]
+        assert torch.equal(value, expected) and not value[value == 0].float().signbit().any(), name
+    assert set(net.state_dict()) == set(before)
+
+
+def test_computing_masks_leaves_the_network_as_it_was():
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    pruning.compute_masks(net, 300)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert set(net.state_dict()) == set(before)
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pruned_weights_stay_zero_through_momentum_and_weight_decay(layout):
+    net = network().to(memory_format=layout)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):  # momentum that would move every weight
+        net(torch.randn(4, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+    masks = pruning.compute_masks(net, 300)
+    pruning.apply(net, masks)
+    start = {name: weight.detach().clone() for name, weight in pruning.prunable(net).items()}
+    mask = pruning.mask_fn(net, masks)
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+        weights = pruning.prunable(net)
+        assert all(weight[~masks[name]].any() for name, weight in weights.items()), "nothing moves them"
+        kept = {name: weight.detach()[masks[name]].clone() for name, weight in weights.items()}
+        mask()
+        for name, weight in weights.items():
+            assert (weight[~masks[name]] == 0).all()
+            assert torch.equal(weight[masks[name]], kept[name])
+    for name, weight in pruning.prunable(net).items():
+        assert (weight[masks[name]] != start[name][masks[name]]).all()
+    pruning.apply(net, masks)
+    zeros = torch.cat([weight[~masks[name]].detach() for name, weight in pruning.prunable(net).items()])
+    assert not zeros.signbit().any(), "a pruned weight is -0.0"
+
+
+def test_no_masks_mask_nothing():
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    pruning.mask_fn(net, {})()
+    pruning.apply(net, {})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+# --- Multiply-adds -------------------------------------------------------------------------------------------------
+
+
 def test_resnet18_has_555_million_multiply_adds():
     net = models.build("resnet18", 10)
     statistics = {name: value.clone() for name, value in net.named_buffers()}
-    found = pruning.multiply_adds(net, 32)
+    found = pruning.count_macs(net, 32)
     assert net.training and all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
     assert not any(module._forward_hooks for module in net.modules())
     # Counted another way: every output number of a layer in a network of other code is one inner product.
@@ -246,9 +443,10 @@ def test_resnet18_has_555_million_multiply_adds():
 
 
 def test_nonzero_multiply_adds_are_nonzeros_times_pixels():
-    net = models.build("resnet20", 10).to(memory_format=torch.channels_last)
-    pruning.apply(net, pruning.choose(net, 243_806))
-    found = pruning.multiply_adds(net, 33)
+    net = models.build("resnet20-projection", 10).to(memory_format=torch.channels_last)
+    pruning.apply(net, pruning.compute_masks(net, 243_806))
+    found = pruning.count_macs(net, 33)
+    assert list(found) == list(pruning.prunable(net))
     sides = {
         "conv1.weight": 33,
         "layer1.0.conv1.weight": 33,
@@ -258,16 +456,3 @@ def test_nonzero_multiply_adds_are_nonzeros_times_pixels():
     for name, side in (sides | {"linear.weight": 1}).items():
         weight = pruning.prunable(net)[name]
         assert found[name] == (weight.numel() * side**2, int((weight != 0).sum()) * side**2)
-
-
-@pytest.mark.parametrize("allocation", ["uniform", "erk"])
-def test_no_layer_has_to_give_a_zero_back_when_shares_are_rounded(allocation):
-    """Largest remainders alone do that now and then (the Alabama paradox)."""
-    with torch.device("meta"):
-        weights = pruning.prunable(models.build("resnet20", 10))
-    before = [0] * len(weights)
-    for zeros in range(200_000, 200_400):
-        budgets = pruning._layer_zeros(weights, zeros, before, allocation)
-        assert sum(budgets) == zeros
-        assert all(new >= old for new, old in zip(budgets, before))
-        before = budgets

@@ -1,0 +1,189 @@
+"""Files that hold networks: written whole or not at all, read without running code, checked before they are used.
+
+A checkpoint is a dictionary in the format of the pytorch-cifar scripts, `{'net': state_dict, 'acc': percent,
+'epoch': index}`, with keys of our own beside these (docs/files.md). It holds only tensors and plain values, so that
+`torch.load(..., weights_only=True)` reads it.
+"""
+
+import hashlib
+import io
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import models
+import packed
+from utils import Failure
+
+FORMAT = 2  # of the checkpoints that main.py writes; files of earlier versions have no such mark
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: after a crash at any moment it is whole, the old or the new.
+
+    Failure when the disk refuses; the old file survives.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Failure(f"{path} cannot be written: {error.strerror or error}", code=1) from None
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory reach the disk."""
+    if os.name == "posix":
+        directory = os.open(path, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a dictionary of tensors and plain values; the same content gives the same bytes."""
+    buffer = io.BytesIO()  # torch.save writes the name of a file into its bytes, but not that of a buffer
+    torch.save(_canonical(content), buffer)
+    write(path, buffer.getvalue())
+
+
+def _canonical(value: object) -> object:
+    """An equal value in which equal strings are one object.
+
+    Pickle writes an object that it met before in another way than an equal second one, so a resumed run would differ
+    in its bytes.
+    """
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_canonical(entry) for entry in value]
+    return sys.intern(value) if type(value) is str else value
+
+
+def load(path: Path) -> object:
+    """Read what `save` wrote, a packed file, or any file of tensors, on the CPU. Failure says what is wrong with it."""
+    if path.exists() and not path.is_file():
+        raise Failure(f"{path} is not a file")
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(packed.MAGIC)) == packed.MAGIC:
+                return packed.unpack(path.read_bytes())
+        with warnings.catch_warnings(action="ignore"):  # about old formats; the error below says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Failure(f"{path} does not exist") from None
+    except OSError as error:
+        raise Failure(f"{path} cannot be read: {error.strerror or error}") from None
+    except Failure as failure:
+        raise Failure(f"{path} is not a checkpoint that can be loaded: {failure}") from None
+    except Exception as error:  # torch's reader and unpickler raise many kinds of error on foreign bytes
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {code[1]}, not just for tensors and plain values" if code else "damaged or not one"
+        raise Failure(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read and check a checkpoint: ours, packed, or in the format of pytorch-cifar, with or without `module.` prefixes.
+
+    The result has `net` (float32, plain names), `arch` (identified by the tensors) and, where the file has them,
+    `acc`, `epoch` and what else main.py writes. Failure names the file and what is wrong with it.
+    """
+    checkpoint = load(path)
+    net = checkpoint.get("net") if isinstance(checkpoint, dict) else None
+    if not isinstance(checkpoint, dict) or not isinstance(net, dict) or not net:
+        raise Failure(f"{path} is not a checkpoint: it has no 'net' with the weights of a network")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items()):
+        raise Failure(f"{path} is not a checkpoint: its 'net' has entries that are not tensors")
+    classes = net["linear.weight"].shape[0] if getattr(net.get("linear.weight"), "ndim", 0) == 2 else 2
+    if classes < 2:
+        raise Failure(f"{path} holds a network with {classes} outputs; it needs two or more")
+    # DataParallel and torch.compile put prefixes in front of the names.
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value.detach() for name, value in net.items()}
+    if len(plain) < len(net):
+        raise Failure(f"{path} has the same weights both with and without a prefix")
+    try:
+        arch = models.identify(plain)  # by names and shapes, before any value is touched
+    except ValueError as error:
+        raise Failure(f"{path} {error}") from None
+    for name, value in plain.items():
+        counter = name.endswith("num_batches_tracked")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex() or value.is_quantized:
+            raise Failure(f"{path} has {name} in a form that is not a plain tensor")
+        if not counter and not value.is_floating_point():
+            raise Failure(f"{path} has {name} in a form that is not a float tensor")
+        plain[name] = value.long() if counter else value.float()
+        if not plain[name].isfinite().all():
+            raise Failure(f"{path} has values in {name} that are not finite")
+    return {**checkpoint, **_checked_metadata(path, checkpoint), "net": plain, "arch": arch}
+
+
+NUMBERS = ("acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss", "format")
+TEXTS = ("arch", "dataset", "parent", "mode", "allocation", "retrain", "dense")
+WHOLE = ("image_size", "rewind", "epochs", "seed")
+
+
+def _checked_metadata(path: Path, checkpoint: dict) -> dict:
+    """What a checkpoint says of its network; Failure where the form is not that of main.py."""
+    found = {name: checkpoint[name] for name in NUMBERS if name in checkpoint}
+    for name, value in found.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            found[name] = value = value.item()
+        if not isinstance(value, (int, float)) or not abs(value) < 1e12:
+            raise Failure(f"{path} is not a checkpoint: its {name} is not a finite number")
+    if "dtype" in checkpoint and checkpoint["dtype"] not in ("bf16", "fp16"):
+        raise Failure(f"{path} is not a checkpoint: its dtype is unknown")
+    for name in ("mean", "std"):
+        values = checkpoint.get(name, [0.5] * 3)
+        good = isinstance(values, list) and len(values) == 3 and all(isinstance(value, float) for value in values)
+        if not (good and all(0 <= value <= 1 for value in values) and (name == "mean" or min(values) > 0)):
+            raise Failure(f"{path} is not a checkpoint: its {name} is not three fractions")
+    if ("mean" in checkpoint) != ("std" in checkpoint):
+        raise Failure(f"{path} is not a checkpoint: it has only one of mean and standard deviation")
+    if "settings" in checkpoint:
+        settings = checkpoint["settings"]
+        # The accuracy of a packed network before rounding is not that of the rounded one.
+        good = isinstance(settings, dict) and ("acc" in found or "dtype" in checkpoint) and "zeros" in found
+        good = good and {"arch", "dataset", "image_size"} <= set(settings)
+        good = good and all(isinstance(name, str) and name.isprintable() for name in settings)
+        good = good and all(isinstance(value, (str, int, float)) for value in settings.values())
+        kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(WHOLE, int) | {"val_fraction": float, "sparsity": float}
+        good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
+        good = good and all(0 <= settings.get(name, 0) < 1 for name in ("sparsity", "val_fraction"))
+        if not (good and settings.get("epochs", 1) > 0):
+            raise Failure(f"{path} is not a checkpoint: its settings are not in the form that main.py writes")
+    return found
+
+
+def plain_state(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state_dict on the CPU, contiguous, sharing no memory with it, and with +0.0 for each -0.0."""
+    state = {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
+    return {name: value.add_(0.0) if value.is_floating_point() else value for name, value in state.items()}
+
+
+def build_network(checkpoint: dict) -> nn.Module:
+    """The network of a checkpoint from `load_checkpoint`, on the CPU."""
+    net = checkpoint["net"]
+    network = models.build(checkpoint["arch"], net["linear.weight"].shape[0])
+    network.load_state_dict({**network.state_dict(), **net})
+    return network
+
+
+def digest(net: dict[str, Tensor]) -> str:
+    """16 hex digits that identify the exact values of a state_dict."""
+    sha = hashlib.sha256()
+    for name in sorted(net):
+        sha.update(name.encode())
+        sha.update(net[name].contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,314 @@
+"""Checkpoints: both directions with pytorch-cifar, whole or not at all, and nothing runs when they are read."""
+
+import copy
+import errno
+import os
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Killed
+from reference_resnet18 import ResNet18
+from torch import Tensor, nn
+
+import checkpoints
+import models
+import utils
+
+
+def scrambled(network: nn.Module) -> nn.Module:
+    """The network with statistics that are not those of a new one."""
+    torch.manual_seed(3)
+    network.train()
+    with torch.no_grad():
+        network(torch.randn(8, 3, 32, 32))
+    return network.eval()
+
+
+# --- What is read and written --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_a_pytorch_cifar_checkpoint_loads(tmp_path, prefix):
+    theirs = scrambled(ResNet18())
+    net = {prefix + name: value for name, value in theirs.state_dict().items()}
+    torch.save({"net": net, "acc": 95.48, "epoch": 199}, tmp_path / "ckpt.pth")
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "ckpt.pth")
+    assert (checkpoint["arch"], checkpoint["acc"], checkpoint["epoch"]) == ("resnet18", 95.48, 199)
+    ours = checkpoints.build_network(checkpoint).eval()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_ours_loads_in_pytorch_cifar(tmp_path):
+    ours = scrambled(models.build("resnet18", 10)).to(memory_format=torch.channels_last)
+    checkpoints.save(tmp_path / "ckpt.pth", {"net": checkpoints.plain_state(ours), "acc": 95.48, "epoch": 199})
+    checkpoint = torch.load(tmp_path / "ckpt.pth", weights_only=True)
+    theirs = ResNet18().eval()
+    theirs.load_state_dict(checkpoint["net"], strict=True)
+    assert all(value.is_contiguous() for value in checkpoint["net"].values())
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+def test_other_float_types_and_parameters_are_read(tmp_path):
+    network = models.build("resnet20", 10)
+    low = {name: value.bfloat16() for name, value in network.state_dict().items()}
+    checkpoints.save(tmp_path / "x.pth", {"net": low})
+    torch.save({"net": network.state_dict(keep_vars=True)}, tmp_path / "y.pth")
+    for name in "x.pth", "y.pth":
+        net = checkpoints.load_checkpoint(tmp_path / name)["net"]
+        assert checkpoints.digest(net)
+        assert net["conv1.weight"].dtype == torch.float32
+        assert net["bn1.num_batches_tracked"].dtype == torch.int64
+        assert not any(value.requires_grad for value in net.values())
+
+
+def test_counters_that_old_files_lack_are_those_of_a_new_network(tmp_path):
+    state = models.build("resnet20", 10).state_dict()
+    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save({"net": old}, tmp_path / "x.pth")
+    network = checkpoints.build_network(checkpoints.load_checkpoint(tmp_path / "x.pth"))
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+def test_numbers_saved_as_tensors_are_read_as_numbers(tmp_path):
+    net = models.build("resnet20", 10).state_dict()
+    torch.save({"net": net, "acc": torch.tensor(93.5), "epoch": torch.tensor([7])}, tmp_path / "x.pth")
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "x.pth")
+    assert (checkpoint["acc"], checkpoint["epoch"]) == (93.5, 7)
+    assert type(checkpoint["acc"]) is float and type(checkpoint["epoch"]) is int
+
+
+def test_a_plain_state_is_contiguous_has_no_negative_zero_and_shares_no_memory():
+    network = models.build("resnet20", 10).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        network.conv1.weight[0] = -0.0
+    state = checkpoints.plain_state(network)
+    assert state.keys() == network.state_dict().keys()
+    for name, value in network.state_dict().items():
+        assert torch.equal(state[name], value) and state[name].is_contiguous()
+        assert state[name].data_ptr() != value.data_ptr()
+    assert not state["conv1.weight"][0].signbit().any()
+    assert network.conv1.weight[0].signbit().all()
+
+
+def test_a_digest_depends_on_every_name_and_value_and_not_on_their_order():
+    net = models.build("resnet20", 10).state_dict()
+    digest = checkpoints.digest(net)
+    assert len(digest) == 16 and int(digest, 16) >= 0
+    assert checkpoints.digest(dict(reversed(net.items()))) == digest
+    last = {
+        name: value.to(memory_format=torch.channels_last) if value.dim() == 4 else value for name, value in net.items()
+    }
+    assert checkpoints.digest(last) == digest
+    for name in "conv1.weight", "bn1.num_batches_tracked", "linear.bias":
+        other = copy.deepcopy(net)
+        other[name].view(-1)[0] += 1
+        assert checkpoints.digest(other) != digest
+    assert checkpoints.digest({"a": torch.zeros(1)}) != checkpoints.digest({"b": torch.zeros(1)})
+
+
+# --- Whole or not at all -------------------------------------------------------------------------------------------
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    """Also when equal strings are other objects, as after a resume."""
+    words = ["stage", "".join(["sta", "ge"])]
+    assert words[0] is not words[1]
+    for name, second in ("a.pth", words[0]), ("b.pth", words[1]):
+        content = {
+            "net": {"weight": torch.arange(9.0)},
+            "acc": 1.5,
+            "history": [{words[0]: words[0]}, {second: second}],
+        }
+        checkpoints.save(tmp_path / name, content)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    loaded = checkpoints.load(tmp_path / "b.pth")
+    assert loaded["history"] == [{"stage": "stage"}] * 2 and torch.equal(loaded["net"]["weight"], torch.arange(9.0))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    checkpoints.write(tmp_path / "a", b"old")
+
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(utils.Failure, match="a cannot be written: No space left on device") as failure:
+        checkpoints.write(tmp_path / "a", b"new")
+    assert failure.value.code == 1
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "left"), [("fsync", 1, b"old"), ("replace", 1, b"old"), ("fsync", 2, b"new")]
+)
+def test_a_kill_in_the_middle_of_a_write_leaves_a_whole_file(tmp_path, monkeypatch, function, call, left):
+    """Killed before the bytes reach the disk, before the rename, before the rename reaches the disk."""
+    checkpoints.write(tmp_path / "a", b"old")
+    real, calls = getattr(os, function), []
+
+    def kill(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == call:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(os, function, kill)
+    with pytest.raises(Killed):
+        checkpoints.write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == left
+    assert {path.name for path in tmp_path.iterdir()} <= {"a", ".a.tmp"}
+    monkeypatch.undo()
+    checkpoints.write(tmp_path / "a", b"newer")
+    assert (tmp_path / "a").read_bytes() == b"newer"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_bytes_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    steps = []
+    for name in "fsync", "replace":
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments, n=name, real=real: steps.append(n) or real(*arguments))
+    checkpoints.write(tmp_path / "a", b"new")
+    assert steps == ["fsync", "replace", "fsync"]
+
+
+# --- Files that cannot be used -------------------------------------------------------------------------------------
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def changed(**changes: object) -> Callable[[dict], dict]:
+    """A checkpoint with other tensors, `bn1__weight` for bn1.weight; None takes one away."""
+
+    def change(net: dict) -> dict:
+        net = net | {name.replace("__", "."): value for name, value in changes.items()}
+        return {"net": {name: value for name, value in net.items() if value is not None}}
+
+    return change
+
+
+def more(**entries: object) -> Callable[[dict], dict]:
+    """A checkpoint with more entries beside `net`."""
+    return lambda net: {"net": net} | entries
+
+
+SETTINGS = {"arch": "resnet20", "dataset": "digits", "image_size": 16}
+
+
+def with_settings(**settings: object) -> Callable[[dict], dict]:
+    return more(acc=1.0, zeros=0, settings=SETTINGS | settings)
+
+
+def expanded() -> Tensor:
+    return torch.zeros(1, 1).expand(10**10, 64)
+
+
+BAD_SETTINGS = "its settings are not in the form that main.py writes"
+BAD_FILES = {
+    "payload": (
+        more(acc=Payload("executed")),
+        "asks for .*mkdir, not just for tensors and plain values",
+    ),
+    "no net": (lambda net: {"state": net}, "it has no 'net'"),
+    "empty net": (lambda _net: {"net": {}}, "it has no 'net'"),
+    "a list": (lambda net: [net], "it has no 'net'"),
+    "not tensors": (lambda _net: {"net": {"conv1.weight": 3}}, "entries that are not tensors"),
+    "names are numbers": (lambda net: {"net": net | {3: torch.zeros(1)}}, "entries that are not tensors"),
+    "twice": (lambda net: {"net": net | {"module.bn1.weight": net["bn1.weight"]}}, "both with and without a prefix"),
+    "missing key": (changed(bn1__weight=None), "closest is resnet20, but bn1.weight is missing"),
+    "extra key": (changed(extra=torch.zeros(3)), "closest is resnet20, but extra is unknown"),
+    "wrong shape": (changed(bn1__weight=torch.zeros(3)), r"bn1.weight has shape \(3,\), not \(16,\)"),
+    "nan": (changed(bn1__weight=torch.full((16,), torch.nan)), "bn1.weight that are not finite"),
+    "whole numbers": (changed(bn1__weight=torch.zeros(16, dtype=torch.int32)), "bn1.weight in a form .* float tensor"),
+    "complex": (changed(bn1__weight=torch.zeros(16, dtype=torch.complex64)), "bn1.weight in a form .* plain tensor"),
+    "sparse": (changed(linear__weight=torch.zeros(10, 64).to_sparse()), "linear.weight in a form"),
+    "meta": (changed(linear__weight=torch.zeros(10, 64, device="meta")), "linear.weight in a form"),
+    "huge": (changed(linear__weight=expanded()), "linear.bias has shape"),
+    "no classes": (changed(linear__weight=torch.zeros(0, 64)), "a network with 0 outputs; it needs two or more"),
+    "one class": (changed(linear__weight=torch.zeros(1, 64)), "a network with 1 outputs; it needs two or more"),
+    "overflow": (changed(bn1__weight=torch.full((16,), 1e300, dtype=torch.float64)), "bn1.weight that are not finite"),
+    "accuracy is text": (more(acc="high"), "acc is not a finite number"),
+    "accuracy is huge": (more(acc=10**400), "acc is not a finite number"),
+    "accuracy is many": (more(acc=torch.zeros(2)), "acc is not a finite number"),
+    "loss is nan": (more(loss=float("nan")), "loss is not a finite number"),
+    "dtype is unknown": (more(dtype="fp8"), "its dtype is unknown"),
+    "two means": (more(mean=[0.5, 0.5], std=[0.5] * 3), "its mean is not three fractions"),
+    "mean is text": (more(mean="0.5", std=[0.5] * 3), "its mean is not three fractions"),
+    "mean is nan": (more(mean=[0.5, 0.5, float("nan")], std=[0.5] * 3), "its mean is not three fractions"),
+    "deviation is zero": (more(mean=[0.5] * 3, std=[0.5, 0.0, 0.5]), "its std is not three fractions"),
+    "mean alone": (more(mean=[0.5] * 3), "it has only one of mean and standard deviation"),
+    "settings are a list": (more(acc=1.0, zeros=0, settings=[1]), BAD_SETTINGS),
+    "settings are few": (more(acc=1.0, zeros=0, settings={"arch": "resnet20"}), BAD_SETTINGS),
+    "a setting is a list": (with_settings(lr=[0.1]), BAD_SETTINGS),
+    "a setting's name is not printable": (with_settings(**{"a\nb": 1}), BAD_SETTINGS),
+    "arch is a number": (with_settings(arch=3), BAD_SETTINGS),
+    "epochs are none": (with_settings(epochs=0), BAD_SETTINGS),
+    **{
+        f"sparsity is {value!s:.9}": (with_settings(sparsity=value), BAD_SETTINGS)
+        for value in ("0.5", None, float("nan"), 10**400, 1.5)
+    },
+    "no accuracy": (more(zeros=0, settings=SETTINGS), BAD_SETTINGS),
+    "no zeros": (more(acc=1.0, settings=SETTINGS), BAD_SETTINGS),
+}
+
+
+def refused(path, message: str) -> None:
+    with pytest.raises(utils.Failure, match=message) as failure:
+        checkpoints.load_checkpoint(path)
+    assert str(path) in str(failure.value)
+    assert "\n" not in str(failure.value)
+    assert failure.value.code == 2
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_checkpoint_is_named_with_what_is_wrong(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    make, message = BAD_FILES[kind]
+    torch.save(make(models.build("resnet20", 10).state_dict()), "x.pth")
+    refused(tmp_path / "x.pth", message)
+    assert os.listdir(tmp_path) == ["x.pth"], "reading a file ran its code"
+
+
+def test_good_metadata_is_not_refused(tmp_path):
+    net = models.build("resnet20", 10).state_dict()
+    for make in more(), more(mean=[0.5] * 3, std=[0.25] * 3, acc=93), with_settings(epochs=3, sparsity=0.5):
+        torch.save(make(net), tmp_path / "x.pth")
+        assert checkpoints.load_checkpoint(tmp_path / "x.pth")["arch"] == "resnet20"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello\n", b"PK\x03\x04 not a zip", pickle.dumps(Payload("executed")), b"\x89PRUNED\n and then nothing"],
+    ids=["empty", "text", "zip", "pickle", "packed"],
+)
+def test_files_that_are_no_checkpoints_are_named(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pth").write_bytes(content)
+    refused(tmp_path / "x.pth", r"x\.pth is not a checkpoint that can be loaded")
+    assert os.listdir(tmp_path) == ["x.pth"], "reading a file ran its code"
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    checkpoints.save(tmp_path / "x.pth", {"net": models.build("resnet20", 10).state_dict()})
+    content = (tmp_path / "x.pth").read_bytes()
+    for size in (10, 1000, len(content) // 2, len(content) - 1):
+        (tmp_path / "x.pth").write_bytes(content[:size])
+        refused(tmp_path / "x.pth", r"x\.pth is not a checkpoint that can be loaded safely: damaged or not one$")
+
+
+def test_a_path_that_is_no_file_is_named(tmp_path):
+    refused(tmp_path / "x.pth", r"x\.pth does not exist$")
+    refused(tmp_path, "is not a file$")
+    os.mkfifo(tmp_path / "pipe.pth")  # reading it would wait for ever
+    refused(tmp_path / "pipe.pth", "is not a file$")

@@ -1,0 +1,421 @@
+"""Finished, interrupted, in the way: a run that is stopped at any point ends with the files of one that never was."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, SMALL_PRUNING, Killed, call, contents, kill_at, succeed, write_images
+
+import checkpoints
+import engine
+import stages
+import utils
+
+TARGETS = ("-pr", "0.5", "0.8", "-shot", "single", "iter")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """The arguments of a command, and the results that it leaves when nothing stops it."""
+    folder = tmp_path_factory.mktemp("stages")
+    images = write_images(folder / "images", train=20)
+    line = (*SMALL, *SMALL_PRUNING, "--dataset", images)
+    succeed("main.py", *line, *TARGETS, "--control", "--checkpoint-dir", folder / "whole")
+    return line, contents(folder / "whole")
+
+
+@pytest.fixture(autouse=True)
+def save_often(monkeypatch):
+    """A state after every epoch, and not just twice a minute."""
+    monkeypatch.setattr(engine, "SAVE_SECONDS", 0)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What a finished command must not leave: states, levels, temporary files."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".pt", ".tmp") or p.parent != folder]
+
+
+OPERATIONS = [(os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "replace")]
+
+
+def count_operations(monkeypatch, *arguments: object) -> int:
+    """How many operations on files a command makes."""
+    calls = []
+    with monkeypatch.context() as patch:
+        for owner, name in OPERATIONS:
+            original = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, original=original, **k: (calls.append(1), original(*a, **k))[1])
+        succeed("main.py", *arguments)
+    return len(calls)
+
+
+def kill(monkeypatch, number: int, *arguments: object) -> None:
+    """Run a command that is killed right before its `number`-th operation on files."""
+    stop = kill_at(number)
+    with monkeypatch.context() as patch:
+        for owner, name in OPERATIONS:
+            original = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, original=original, **k: (stop(), original(*a, **k))[1])
+        with contextlib.suppress(Killed):
+            call("main.py", *arguments)
+
+
+@pytest.mark.slow
+def test_killed_before_any_operation_on_files_it_ends_with_the_same_files(setting, tmp_path, monkeypatch):
+    """Every operation of a whole command, one life for each: the next life is killed one operation later."""
+    line, whole = setting
+    command = (*line, "-pr", "0.5", "0.8", "-shot", "iter", "--checkpoint-dir", tmp_path)
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    total = count_operations(monkeypatch, *command)
+    expected = contents(tmp_path)
+    assert expected.items() <= whole.items() and len(expected) == 3
+    assert total > 60
+    for number in range(1, total, 7):  # the random histories below take others
+        for path in tmp_path.glob("*percent*"):
+            path.unlink()
+        kill(monkeypatch, number, *command)
+        succeed("main.py", *command)
+        assert contents(tmp_path) == expected, number
+        assert leftovers(tmp_path) == [], number
+
+
+def history(moments: random.Random) -> tuple[list[str], bool]:
+    """Targets added and left out, --control and --force, at random."""
+    targets = moments.sample(["0.5", "0.8"], moments.randint(1, 2))
+    modes = moments.sample(["single", "iter"], moments.randint(1, 2))
+    line = ["-pr", *targets, "-shot", *modes]
+    line += ["--control"] if moments.random() < 0.4 else []
+    return line, moments.random() < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_random_histories_end_with_the_files_of_undisturbed_runs(setting, tmp_path, monkeypatch, seed):
+    line, whole = setting
+    moments = random.Random(seed)
+    for _ in range(6):
+        asked, force = history(moments)
+        command = (*line, *asked, "--checkpoint-dir", tmp_path)
+        for _ in range(moments.randint(0, 2)):
+            kill(monkeypatch, int(2 ** moments.uniform(0, 7)), *command, *(["--force"] if force else []))
+            force = False  # a forced command that was interrupted is resumed without the flag
+        found = contents(tmp_path)
+        assert found.items() <= whole.items(), "a result differs from that of its target alone"
+    succeed("main.py", *line, *TARGETS, "--control", "--checkpoint-dir", tmp_path)
+    assert contents(tmp_path) == whole
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_files(setting, tmp_path, pytestconfig):
+    """By SIGKILL, as processes. Whatever each life gets done, the end is the same."""
+    line, whole = setting
+    often = "import sys; sys.argv[0] = 'main.py'; import engine, main, utils; engine.SAVE_SECONDS = 0; "
+    program = [sys.executable, "-c", often + "utils.run(main.main)"]
+    command = [*program, *map(str, line), *TARGETS, "--control", "--checkpoint-dir", str(tmp_path)]
+    moments = random.Random(0)
+    for _ in range(pytestconfig.getoption("kills")):
+        life = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        time.sleep(moments.uniform(2, 6))  # imports take two seconds
+        life.kill()
+        life.wait()
+    succeed("main.py", *line, *TARGETS, "--control", "--checkpoint-dir", tmp_path)
+    assert contents(tmp_path) == whole
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9, 16])
+def test_a_signal_stops_the_run_after_the_current_step(setting, tmp_path, monkeypatch, steps):
+    """The signal comes after a given number of steps; the message says where, the exit code says which signal."""
+    line, whole = setting
+    command = (*line, *TARGETS, "--checkpoint-dir", tmp_path)
+    left = [steps]
+    run = engine.Step.run
+
+    def step(self, inputs, labels):
+        run(self, inputs, labels)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Step, "run", step)
+        done = call("main.py", *command)
+    assert done.returncode == 143
+    assert done.stderr.startswith("main.py: stopped in ") and done.stderr.endswith("; the same command resumes\n")
+    assert done.stderr.count("\n") == 1
+    assert len(list((tmp_path / "resume").iterdir())) == 1
+    succeed("main.py", *command, "-r")  # accepted, and not needed
+    assert contents(tmp_path) == {name: content for name, content in whole.items() if "control" not in name}
+    assert leftovers(tmp_path) == []
+
+
+def interrupt(monkeypatch, point: int, *arguments: object) -> None:
+    """Stop a command in order after `point` checks for a signal."""
+    stop = kill_at(point)
+
+    def requested() -> bool:
+        try:
+            stop()
+        except Killed:
+            return True
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "stop_requested", requested)
+        done = call("main.py", *arguments)
+    assert "the same command resumes" in done.stderr, done.stderr
+
+
+def test_a_target_added_while_another_is_interrupted_costs_no_level(setting, tmp_path, monkeypatch):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    command = (*line, "-shot", "iter", "--checkpoint-dir", tmp_path)
+    made = []
+    save = stages.checkpoints.save
+    monkeypatch.setattr(
+        checkpoints,
+        "save",
+        lambda path, content: (made.append(path.parent.name + "/" + path.name), save(path, content)),
+    )
+    interrupt(monkeypatch, 9, *command, "-pr", "0.8")
+    levels = {name for name in made if name.startswith("levels/")}
+    assert levels, "it stopped before the first level was finished"
+    made.clear()
+    succeed("main.py", *command, "-pr", "0.5", "0.8")
+    assert not levels & set(made), "a finished level was made again"
+    assert contents(tmp_path) == {n: c for n, c in whole.items() if "single" not in n and "control" not in n}
+
+
+def test_a_state_keeps_the_level_it_started_from(setting, tmp_path, monkeypatch):
+    """Another command finishes meanwhile, and needs that level no more."""
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    command = (*line, "-shot", "iter", "--checkpoint-dir", tmp_path)
+    # A level has a measurement of one batch, three steps and another measurement: this is the first step of level 2.
+    interrupt(monkeypatch, 5 + 2, *command, "-pr", "0.8")
+    [state] = (tmp_path / "resume").iterdir()
+    parent = torch.load(state, weights_only=True)["settings"]["parent"]
+    assert (tmp_path / "levels" / f"{parent}.pth").exists()
+    succeed("main.py", *command, "-pr", "0.5")
+    assert (tmp_path / "levels" / f"{parent}.pth").exists()
+    succeed("main.py", *command, "-pr", "0.8")
+    assert leftovers(tmp_path) == []
+
+
+def test_results_made_with_other_settings_are_in_the_way(setting, tmp_path):
+    line, whole = setting
+    for name in "ckpt.pth", "50percent_single_ckpt.pth", "50percent_iter_ckpt.pth":
+        (tmp_path / name).write_bytes(whole[name])
+    before = contents(tmp_path)
+    command = (*line, "--checkpoint-dir", tmp_path)
+    for arguments, message in (
+        (("-pr", "0.5", "-shot", "single", "--lr", "0.05", "--seed", "1"), "lr 0.1 there, 0.05 asked, seed 0 there"),
+        (("-pr", "0.5", "-shot", "single", "--retrain-epochs", "9"), "retrain_epochs 2 there, 9 asked; --force makes"),
+        (("-pr", "0.5", "-shot", "iter", "--step-epochs", "9"), "step_epochs 1 there, 9 asked; --force makes it again"),
+        (("--epochs", "9"), "ckpt.pth was made with other settings: epochs 2 there, 9 asked"),
+        (("--arch", "resnet18", "--force"), "ckpt.pth is of another experiment (arch resnet20 there, resnet18 asked)"),
+        (
+            ("-pr", "0.5", "-shot", "single", "--val-fraction", "0.5", "--force"),
+            "ckpt.pth is of another experiment (val_fraction 0.0 there, 0.5 asked)",
+        ),
+    ):
+        done = call("main.py", *command, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr and done.stderr.count("\n") == 1
+    assert contents(tmp_path) == before
+    # Epochs, lr and seed of the dense network are reported, not compared, when pruning starts from it.
+    printed = succeed("main.py", *command, "--epochs", "9", "-pr", "0.8", "-shot", "single")
+    assert "ckpt.pth (epochs 2, lr 0.1, seed 0): test accuracy" in printed
+    assert (tmp_path / "80percent_single_ckpt.pth").read_bytes() == whole["80percent_single_ckpt.pth"]
+    # What is finished is named, and nothing is made again.
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pth")}
+    printed = succeed("main.py", *command, "-pr", "0.8", "0.5", "-shot", "single")
+    assert printed.count(" is finished\n") == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pth")} == stamps
+
+
+def test_results_of_another_dense_network_are_refused(setting, tmp_path):
+    line, whole = setting
+    (tmp_path / "50percent_single_ckpt.pth").write_bytes(whole["50percent_single_ckpt.pth"])
+    (tmp_path / "50percent_iter_ckpt.pth").write_bytes(whole["50percent_iter_ckpt.pth"])
+    other = checkpoints.load_checkpoint(tmp_path / "50percent_iter_ckpt.pth")
+    torch.save({"net": other["net"] | {"linear.bias": torch.zeros(2)}, "acc": 1.0}, tmp_path / "ckpt.pth")
+    command = (*line, "--checkpoint-dir", tmp_path, "-pr", "0.8")
+    for mode in "single", "iter":
+        done = call("main.py", *line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", mode)
+        assert done.returncode == 2
+        assert f"50percent_{mode}_ckpt.pth was pruned from another ckpt.pth; --force makes it again" in done.stderr
+    assert call("main.py", *command, "-shot", "single").returncode == 0, "a result without a file is not in the way"
+    # Without a dense network it is trained, and then compared.
+    (tmp_path / "ckpt.pth").unlink()
+    (tmp_path / "80percent_single_ckpt.pth").unlink()
+    succeed("main.py", *line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single", "iter")
+    assert {n: c for n, c in whole.items() if n in contents(tmp_path)} == contents(tmp_path)
+
+
+def test_an_interrupted_stage_with_other_settings_is_in_the_way(setting, tmp_path, monkeypatch):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    command = (*line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
+    interrupt(monkeypatch, 3, *command)
+    state = tmp_path / "resume" / "50percent_single_ckpt.pt"
+    content = state.read_bytes()
+    done = call("main.py", *command, "--retrain-epochs", "5")
+    assert done.returncode == 2
+    assert f"{state} was made with other settings: retrain_epochs 2 there, 5 asked; delete it" in done.stderr
+    # Other targets are none of its business, and leave it alone.
+    succeed("main.py", *line, "--checkpoint-dir", tmp_path, "-pr", "0.8", "-shot", "single")
+    assert state.read_bytes() == content
+    succeed("main.py", *command)
+    assert contents(tmp_path).items() <= whole.items()
+
+
+def test_force_keeps_the_old_file_until_its_successor_is_finished(setting, tmp_path, monkeypatch):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    name = "50percent_iter_ckpt.pth"
+    (tmp_path / name).write_bytes(whole[name])
+    command = (*line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "iter", "--final-epochs", "2")
+    interrupt(monkeypatch, 9, *command, "--force")
+    bak = tmp_path / f"{name}.bak"
+    assert bak.read_bytes() == whole[name] and not (tmp_path / name).exists()
+    interrupt(monkeypatch, 5, *command, "--force", "--final-epochs", "3")
+    assert bak.read_bytes() == whole[name], "an unfinished successor must not replace it"
+    succeed("main.py", *command, "--final-epochs", "3")
+    assert bak.read_bytes() == whole[name]
+    third = (tmp_path / name).read_bytes()
+    assert third != whole[name] and leftovers(tmp_path) == []
+    succeed("main.py", *line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "iter", "--force")
+    assert (tmp_path / name).read_bytes() == whole[name] and bak.read_bytes() == third
+    assert (tmp_path / "ckpt.pth").read_bytes() == whole["ckpt.pth"], "never ckpt.pth when -pr is given"
+
+
+def test_force_makes_a_broken_result_again(setting, tmp_path):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    (tmp_path / "50percent_single_ckpt.pth").write_text("hello")
+    command = (*line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
+    done = call("main.py", *command)
+    assert done.returncode == 2 and "50percent_single_ckpt.pth is not a checkpoint" in done.stderr
+    succeed("main.py", *command, "--force")
+    assert (tmp_path / "50percent_single_ckpt.pth.bak").read_text() == "hello"
+    assert contents(tmp_path).items() <= whole.items()
+
+
+def test_results_and_states_of_earlier_versions(setting, tmp_path):
+    """Networks are read, their states are named and never deleted."""
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    old = checkpoints.load_checkpoint(tmp_path / "ckpt.pth")
+    for key in "format", "mean", "std", "test_images", "arch":
+        del old[key]
+    del old["settings"]["classes"]
+    checkpoints.save(tmp_path / "ckpt.pth", old)
+    checkpoints.save(tmp_path / "50percent_single_ckpt.pth", old)
+    (tmp_path / "resume").mkdir()
+    checkpoints.save(tmp_path / "resume" / "iter_trunk.pt", {"settings": {}, "state": {}})
+    (tmp_path / "resume" / "redo.json").write_text("{}")
+    command = (*line, "--checkpoint-dir", tmp_path, "-shot", "single")
+    done = call("main.py", *command, "-pr", "0.5")
+    assert done.returncode == 2 and "50percent_single_ckpt.pth was written by an earlier version" in done.stderr
+    printed = succeed("main.py", *command, "-pr", "0.8")
+    files = ", ".join(str(tmp_path / "resume" / name) for name in ("iter_trunk.pt", "redo.json"))
+    assert f"left alone, because an earlier version wrote them: {files}\n" in printed
+    assert len(list((tmp_path / "resume").iterdir())) == 2
+    assert (tmp_path / "80percent_single_ckpt.pth").read_bytes() == whole["80percent_single_ckpt.pth"]
+
+
+@pytest.mark.parametrize("damage", ["text", "lacks parts", "other settings"])
+def test_a_damaged_state_is_named(setting, tmp_path, monkeypatch, damage):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    command = (*line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
+    interrupt(monkeypatch, 3, *command)
+    state = tmp_path / "resume" / "50percent_single_ckpt.pt"
+    saved = torch.load(state, weights_only=True)
+    if damage == "text":
+        state.write_text("hello")
+    elif damage == "lacks parts":
+        del saved["state"]["optimizer"]
+        checkpoints.save(state, saved)
+    else:
+        checkpoints.save(state, saved | {"settings": saved["settings"] | {"seed": 3}})
+    before = state.read_bytes()
+    done = call("main.py", *command)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{state} " in done.stderr and "delete it to start this stage again" in done.stderr
+    assert state.read_bytes() == before
+
+
+def test_what_a_kill_left_beside_a_finished_dense_network_goes(setting, tmp_path, monkeypatch):
+    """Its own state goes; that of another dense training, beside a network from elsewhere, stays."""
+    line, whole = setting
+    command = (*line, "--checkpoint-dir", tmp_path)
+    prune = (*command, "-pr", "0.5", "-shot", "single")
+    for seed, left in ("0", 0), ("1", 1):
+        shutil.rmtree(tmp_path)
+        interrupt(monkeypatch, 3, *command, "--seed", seed)
+        (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+        succeed("main.py", *prune)
+        assert len(list(tmp_path.glob("resume/*"))) == left
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    first, second = stages.Directory(tmp_path), stages.Directory(tmp_path)
+    first.open(0)
+    with pytest.raises(utils.Failure, match="another run is at work"):
+        second.open(0)
+    first.close()
+    second.open(0)
+    second.close()
+
+
+def test_a_directory_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(utils.Failure, match="file cannot be written"):
+        stages.Directory(tmp_path / "file").open(0)
+    with pytest.raises(utils.Failure, match="MB left"):
+        stages.Directory(tmp_path / "full").open(10**18)
+    assert not (tmp_path / "full").exists()
+
+
+def test_a_full_disk_is_one_line_and_can_be_resumed(setting, tmp_path, monkeypatch):
+    line, whole = setting
+    command = (*line, *TARGETS, "--control", "--checkpoint-dir", tmp_path)
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = call("main.py", *command)
+    assert done.returncode == 1
+    assert done.stderr == f"main.py: {tmp_path / 'resume' / 'ckpt.pt'} cannot be written: No space left on device\n"
+    succeed("main.py", *command)
+    assert contents(tmp_path) == whole
+
+
+def test_the_log_of_a_resumed_stage_is_that_of_its_state(setting, tmp_path, monkeypatch):
+    line, _ = setting
+    command = (*line, "--checkpoint-dir", tmp_path, "--epochs", "4")
+    interrupt(monkeypatch, 8, *command)  # in the third epoch of three batches
+    log = tmp_path / "log.jsonl"
+    lines = log.read_text()
+    log.write_text(lines + '{"stage": "of another"}\n' + lines.splitlines()[0][:30])  # a line that a crash cut
+    succeed("main.py", *command)
+    assert [line.partition('"epoch": ')[2][:1] for line in log.read_text().splitlines()] == ["", "1", "2", "3", "4"]
