@@ -5,6 +5,7 @@ A checkpoint is a dictionary in the format of the pytorch-cifar scripts, `{'net'
 `torch.load(..., weights_only=True)` reads it.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -35,17 +36,18 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_directory(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise Failure(f"{path} cannot be written: {error.strerror or error}", code=1) from None
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory reach the disk."""
+    """Make renames in a directory reach the disk, where the file system can."""
     if os.name == "posix":
         directory = os.open(path, os.O_RDONLY)
-        os.fsync(directory)
+        with contextlib.suppress(OSError):  # some network file systems refuse
+            os.fsync(directory)
         os.close(directory)
 
 

@@ -22,12 +22,13 @@ def prunable(network: nn.Module, exclude: Collection[str] = ()) -> dict[str, Ten
     fits no layer.
     """
     layers = {name: m.weight for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    excluded: set[str] = set()
     for module in exclude:
-        fitting = [name for name in layers if name == module or name.startswith(f"{module}.")]
+        fitting = {name for name in layers if name == module or name.startswith(f"{module}.")}
         if not fitting:
             raise ValueError(f"the network has no convolution or linear layer {module}")
-        layers = {name: weight for name, weight in layers.items() if name not in fitting}
-    return {f"{name}.weight": weight for name, weight in layers.items()}
+        excluded |= fitting
+    return {f"{name}.weight": weight for name, weight in layers.items() if name not in excluded}
 
 
 def schedule(weights: int, sparsity: float, step: float, zeros: int = 0) -> list[int]:
@@ -65,8 +66,10 @@ def compute_masks(network: nn.Module, zeros: int, allocation: str = "global", ex
     magnitudes = {name: weight.detach().cpu().contiguous().abs() for name, weight in weights.items()}
     masks = {name: magnitude > 0 for name, magnitude in magnitudes.items()}
     pruned = sum(int((~mask).sum()) for mask in masks.values())
-    if not pruned <= zeros <= max(pruned, max_zeros(network, allocation, exclude)):
+    if zeros < pruned:
         raise ValueError(f"cannot have {zeros} zeros: {pruned} weights are zero already")
+    if zeros > max(pruned, most := max_zeros(network, allocation, exclude)):
+        raise ValueError(f"cannot have {zeros} zeros: allocation {allocation} can prune at most {most} weights")
     if zeros == pruned:
         return masks
     if allocation == "global":

@@ -56,6 +56,8 @@ class Run:
             self.weights = sum(weight.numel() for weight in pruning.prunable(network, args.exclude).values())
         except ValueError as error:
             raise Failure(f"argument --exclude: {error}") from None
+        if not self.weights:
+            raise Failure("argument --exclude: this leaves no layer to prune")
         most = pruning.max_zeros(network, args.allocation, args.exclude)
         for sparsity in args.pr:
             if round(sparsity * self.weights) > most:

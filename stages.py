@@ -104,7 +104,7 @@ class Directory:
             check_experiment(path, checkpoint, target.settings)
             if force:
                 return
-            if checkpoint.get("format") != checkpoints.FORMAT:
+            if checkpoint.get("format") != checkpoints.FORMAT or "settings" not in checkpoint:
                 raise Failure(f"{path} was written by an earlier version or another program; {again}")
             refuse_difference(path, checkpoint["settings"], target, again)
         elif state.exists() and not force:

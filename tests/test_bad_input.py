@@ -25,6 +25,10 @@ BAD = [
     (("--epoch", "3"), "unrecognized arguments: --epoch 3"),
     (("--device", "cuda:99"), "argument --device: no cuda:99 here"),
     (
+        ("-pr", "0.5", *SINGLE, "--exclude", "conv1", "layer1", "layer2", "layer3", "linear"),
+        "argument --exclude: this leaves no layer to prune",
+    ),
+    (
         ("-pr", "0.5", *SINGLE, "--exclude", "conv9"),
         "argument --exclude: the network has no convolution or linear layer",
     ),

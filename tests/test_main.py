@@ -162,7 +162,7 @@ def assert_same_bits(network, path: Path) -> None:
         assert torch.equal(network.state_dict()[name] + 0, value), name
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_equals_a_plain_loop_bit_for_bit(images, tmp_path, dtype):
     """Dense, one-shot, and iterative with two levels and a final training, in this process."""
     line = (*SMALL, *SMALL_PRUNING, "--precision", dtype, "--dataset", images, "--checkpoint-dir", tmp_path)
@@ -302,6 +302,7 @@ def test_excluded_layers_stay_dense(line, tmp_path):
     assert succeed("test.py", "--checkpoint-dir", tmp_path, "--dataset", images, "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_another_allocation_has_a_file_of_its_own(line, tmp_path):
     succeed("main.py", *line, "-pr", "0.875", "-shot", "iter", "--allocation", "uniform")
     checkpoint = checkpoints.load_checkpoint(tmp_path / "87.5percent_iter_uniform_ckpt.pth")

@@ -64,6 +64,8 @@ def test_weights_of_convolutions_and_linear_layers_are_prunable_in_the_order_of_
         (["layer1.2"], ["layer1.2.conv1", "layer1.2.conv2"]),
         (["layer2"], [f"layer2.{block}.conv{conv}" for block in (0, 1, 2) for conv in (1, 2)]),
         (["layer3.0.conv2", "linear"], ["layer3.0.conv2", "linear"]),
+        (["linear", "linear"], ["linear"]),
+        (["layer1.2", "layer1.2.conv1"], ["layer1.2.conv1", "layer1.2.conv2"]),
     ],
 )
 def test_excluded_layers_and_containers_are_not_prunable(exclude, left_out):

@@ -212,6 +212,7 @@ def test_bad_files_are_named_and_the_others_reported(folder, images):
     assert "87.5percent_single_" in done.stdout
 
 
+@pytest.mark.slow
 def test_several_directories_give_mean_and_standard_deviation(experiment, images, tmp_path):
     folders = [shutil.copytree(experiment, tmp_path / name) for name in "ab"]
     name = "50percent_single_ckpt.pth"

@@ -138,7 +138,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(setting, tmp_path,
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("steps", [1, 4, 9, 16])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("steps", [1, pytest.param(4, marks=SLOW), pytest.param(9, marks=SLOW), 16])
 def test_a_signal_stops_the_run_after_the_current_step(setting, tmp_path, monkeypatch, steps):
     """The signal comes after a given number of steps; the message says where, the exit code says which signal."""
     line, whole = setting
@@ -305,6 +308,15 @@ def test_force_keeps_the_old_file_until_its_successor_is_finished(setting, tmp_p
     assert (tmp_path / "ckpt.pth").read_bytes() == whole["ckpt.pth"], "never ckpt.pth when -pr is given"
 
 
+def test_a_file_that_only_looks_like_ours_is_in_the_way(setting, tmp_path):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    net = checkpoints.load_checkpoint(tmp_path / "ckpt.pth")["net"]
+    torch.save({"net": net, "acc": 10.0, "epoch": 1, "format": 2}, tmp_path / "50percent_single_ckpt.pth")
+    done = call("main.py", *line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
+    assert done.returncode == 2 and "was written by an earlier version or another program" in done.stderr
+
+
 def test_force_makes_a_broken_result_again(setting, tmp_path):
     line, whole = setting
     (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
@@ -394,6 +406,7 @@ def test_a_directory_that_cannot_be_used_is_refused(tmp_path):
     assert not (tmp_path / "full").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_can_be_resumed(setting, tmp_path, monkeypatch):
     line, whole = setting
     command = (*line, *TARGETS, "--control", "--checkpoint-dir", tmp_path)
