@@ -103,4 +103,5 @@ def kill_at(number: int) -> Callable[..., None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--histories", type=int, default=2, help="how many random histories of commands are killed")
     parser.addoption("--kills", type=int, default=6, help="how often the kill test kills the run")

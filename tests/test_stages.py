@@ -20,6 +20,8 @@ import stages
 import utils
 
 TARGETS = ("-pr", "0.5", "0.8", "-shot", "single", "iter")
+REWOUND = ("-pr", "0.5", "0.8", "-shot", "iter", "--rewind", "1", "--control")
+ALL = ((*TARGETS, "--control"), REWOUND)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,9 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     images = write_images(folder / "images", train=20)
     line = (*SMALL, *SMALL_PRUNING, "--dataset", images)
-    succeed("main.py", *line, *TARGETS, "--control", "--checkpoint-dir", folder / "whole")
+    succeed("main.py", *line, "--rewind", "1", "--checkpoint-dir", folder / "whole")
+    for command in ALL:
+        succeed("main.py", *line, *command, "--checkpoint-dir", folder / "whole")
     return line, contents(folder / "whole")
 
 
@@ -38,9 +42,15 @@ def save_often(monkeypatch):
     monkeypatch.setattr(engine, "SAVE_SECONDS", 0)
 
 
+def without(results: dict[str, bytes], *words: str) -> dict[str, bytes]:
+    """The results that have none of these words in their names."""
+    return {name: content for name, content in results.items() if not any(word in name for word in words)}
+
+
 def leftovers(folder: Path) -> list[str]:
     """What a finished command must not leave: states, levels, temporary files."""
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".pt", ".tmp") or p.parent != folder]
+    files = [path for path in folder.rglob("*") if path.suffix in (".pt", ".tmp") or path.parent != folder]
+    return [str(path.relative_to(folder)) for path in files if path.name != "ckpt_epoch1.pt"]
 
 
 OPERATIONS = [(os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "replace")]
@@ -88,30 +98,35 @@ def test_killed_before_any_operation_on_files_it_ends_with_the_same_files(settin
 
 
 def history(moments: random.Random) -> tuple[list[str], bool]:
-    """Targets added and left out, --control and --force, at random."""
+    """Targets added and left out, --control, --rewind and --force, at random."""
     targets = moments.sample(["0.5", "0.8"], moments.randint(1, 2))
-    modes = moments.sample(["single", "iter"], moments.randint(1, 2))
+    rewind = moments.random() < 0.3
+    modes = ["iter"] if rewind else moments.sample(["single", "iter"], moments.randint(1, 2))
     line = ["-pr", *targets, "-shot", *modes]
+    line += ["--rewind", "1"] if rewind else []
     line += ["--control"] if moments.random() < 0.4 else []
     return line, moments.random() < 0.3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_random_histories_end_with_the_files_of_undisturbed_runs(setting, tmp_path, monkeypatch, seed):
+def test_random_histories_end_with_the_files_of_undisturbed_runs(setting, tmp_path, monkeypatch, pytestconfig):
     line, whole = setting
-    moments = random.Random(seed)
-    for _ in range(6):
-        asked, force = history(moments)
-        command = (*line, *asked, "--checkpoint-dir", tmp_path)
-        for _ in range(moments.randint(0, 2)):
-            kill(monkeypatch, int(2 ** moments.uniform(0, 7)), *command, *(["--force"] if force else []))
-            force = False  # a forced command that was interrupted is resumed without the flag
-        found = contents(tmp_path)
-        assert found.items() <= whole.items(), "a result differs from that of its target alone"
-    succeed("main.py", *line, *TARGETS, "--control", "--checkpoint-dir", tmp_path)
-    assert contents(tmp_path) == whole
-    assert leftovers(tmp_path) == []
+    for seed in range(pytestconfig.getoption("histories")):
+        moments, folder = random.Random(seed), tmp_path / str(seed)
+        place = ("--checkpoint-dir", folder)
+        for _ in range(moments.randint(1, 3)):
+            kill(monkeypatch, int(2 ** moments.uniform(0, 4)), *line, "--rewind", "1", *place)
+        succeed("main.py", *line, "--rewind", "1", *place)
+        for _ in range(6):
+            asked, force = history(moments)
+            for _ in range(moments.randint(0, 2)):
+                kill(monkeypatch, int(2 ** moments.uniform(0, 7)), *line, *asked, *place, *(["--force"] * force))
+                force = False  # a forced command that was interrupted is resumed without the flag
+            assert contents(folder).items() <= whole.items(), "a result differs from that of its target alone"
+        for last in ALL:
+            succeed("main.py", *line, *last, *place)
+        assert contents(folder) == whole, seed
+        assert leftovers(folder) == [], seed
 
 
 @pytest.mark.slow
@@ -134,7 +149,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(setting, tmp_path,
         life.kill()
         life.wait()
     succeed("main.py", *line, *TARGETS, "--control", "--checkpoint-dir", tmp_path)
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == without(whole, "rewind")
     assert leftovers(tmp_path) == []
 
 
@@ -163,7 +178,7 @@ def test_a_signal_stops_the_run_after_the_current_step(setting, tmp_path, monkey
     assert done.stderr.count("\n") == 1
     assert len(list((tmp_path / "resume").iterdir())) == 1
     succeed("main.py", *command, "-r")  # accepted, and not needed
-    assert contents(tmp_path) == {name: content for name, content in whole.items() if "control" not in name}
+    assert contents(tmp_path) == without(whole, "control", "rewind")
     assert leftovers(tmp_path) == []
 
 
@@ -201,7 +216,7 @@ def test_a_target_added_while_another_is_interrupted_costs_no_level(setting, tmp
     made.clear()
     succeed("main.py", *command, "-pr", "0.5", "0.8")
     assert not levels & set(made), "a finished level was made again"
-    assert contents(tmp_path) == {n: c for n, c in whole.items() if "single" not in n and "control" not in n}
+    assert contents(tmp_path) == without(whole, "single", "control", "rewind")
 
 
 def test_a_state_keeps_the_level_it_started_from(setting, tmp_path, monkeypatch):
@@ -420,7 +435,7 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(setting, tmp_path, monkeypat
     assert done.returncode == 1
     assert done.stderr == f"main.py: {tmp_path / 'resume' / 'ckpt.pt'} cannot be written: No space left on device\n"
     succeed("main.py", *command)
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == without(whole, "rewind")
 
 
 def test_the_log_of_a_resumed_stage_is_that_of_its_state(setting, tmp_path, monkeypatch):
