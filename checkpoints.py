@@ -10,8 +10,11 @@ import hashlib
 import io
 import os
 import re
+import secrets
+import stat
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,25 +22,29 @@ from torch import Tensor, nn
 
 import models
 import packed
-from utils import Failure
+import pruning
+from utils import Failure, image_sizes
 
+MAX_FILE = 2**32  # bytes
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a pipe must not wait for its writer
 FORMAT = 2  # of the checkpoints that main.py writes; files of earlier versions have no such mark
 
 
 def write(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: after a crash at any moment it is whole, the old or the new.
 
-    Failure when the disk refuses; the old file survives.
+    Failure when the disk refuses; the old file survives. Two processes may write the same path: the last one wins.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise Failure(f"{path} cannot be written: {error.strerror or error}", code=1) from None
     sync_directory(path.parent)
 
@@ -71,26 +78,72 @@ def _canonical(value: object) -> object:
     return sys.intern(value) if type(value) is str else value
 
 
-def load(path: Path) -> object:
-    """Read what `save` wrote, a packed file, or any file of tensors, on the CPU. Failure says what is wrong with it."""
-    if path.exists() and not path.is_file():
-        raise Failure(f"{path} is not a file")
+def read(path: Path) -> bytes:
+    """The content of a regular file. Failure for anything else, as for a pipe, which would be waited for."""
     try:
-        with open(path, "rb") as file:
-            if file.read(len(packed.MAGIC)) == packed.MAGIC:
-                return packed.unpack(path.read_bytes())
-        with warnings.catch_warnings(action="ignore"):  # about old formats; the error below says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Failure(f"{path} is not a regular file")
+            if status.st_size > MAX_FILE:
+                raise Failure(f"{path} is larger than {MAX_FILE:,} bytes")
+            return file.read()
     except FileNotFoundError:
         raise Failure(f"{path} does not exist") from None
     except OSError as error:
         raise Failure(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def load(path: Path) -> object:
+    """Read what `save` wrote, a packed file, or any file of tensors, on the CPU. Failure says what is wrong with it.
+
+    Every byte of content is checked against a checksum, that of the packed file or those of the zip archive that
+    torch.save writes. Only files in its older format, which is no archive, have none.
+    """
+    content = read(path)
+    try:
+        if content.startswith(packed.MAGIC):
+            return packed.unpack(content)
+        with warnings.catch_warnings(action="ignore"):  # about old formats; the error below says enough
+            return torch.load(_verified(content), map_location="cpu", weights_only=True)
     except Failure as failure:
         raise Failure(f"{path} is not a checkpoint that can be loaded: {failure}") from None
     except Exception as error:  # torch's reader and unpickler raise many kinds of error on foreign bytes
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {code[1]}, not just for tensors and plain values" if code else "damaged or not one"
         raise Failure(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
+
+
+def _verified(content: bytes) -> io.BytesIO:
+    """A file of torch.save, each of whose entries equals its checksum; Failure when one does not.
+
+    PyTorch itself looks at no checksum. It gets an archive that is written anew from the verified entries, because its
+    reader of archives and Python's might disagree about a damaged directory.
+    """
+    if not content.startswith(b"PK"):
+        return io.BytesIO(content)  # the older format of torch.save, or no checkpoint at all
+    clean = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(clean, "w") as copy:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise Failure("its entries are compressed, which torch.save never does")
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise Failure("damaged: two entries have the same name")
+            for entry in entries:
+                copy.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))  # reading verifies the checksum
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+        OSError,
+        EOFError,
+    ) as error:
+        raise Failure(f"damaged: {error}") from None
+    clean.seek(0)
+    return clean
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -105,9 +158,11 @@ def load_checkpoint(path: Path) -> dict:
         raise Failure(f"{path} is not a checkpoint: it has no 'net' with the weights of a network")
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items()):
         raise Failure(f"{path} is not a checkpoint: its 'net' has entries that are not tensors")
+    for name, value in net.items():
+        _check_form(path, name, value)
     classes = net["linear.weight"].shape[0] if getattr(net.get("linear.weight"), "ndim", 0) == 2 else 2
-    if classes < 2:
-        raise Failure(f"{path} holds a network with {classes} outputs; it needs two or more")
+    if not 2 <= classes <= packed.MAX_CLASSES:
+        raise Failure(f"{path} holds a network with {classes} outputs, and not 2 to {packed.MAX_CLASSES}")
     # DataParallel and torch.compile put prefixes in front of the names.
     plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value.detach() for name, value in net.items()}
     if len(plain) < len(net):
@@ -118,18 +173,32 @@ def load_checkpoint(path: Path) -> dict:
         raise Failure(f"{path} {error}") from None
     for name, value in plain.items():
         counter = name.endswith("num_batches_tracked")
-        if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex() or value.is_quantized:
-            raise Failure(f"{path} has {name} in a form that is not a plain tensor")
         if not counter and not value.is_floating_point():
             raise Failure(f"{path} has {name} in a form that is not a float tensor")
         plain[name] = value.long() if counter else value.float()
         if not plain[name].isfinite().all():
             raise Failure(f"{path} has values in {name} that are not finite")
-    return {**checkpoint, **_checked_metadata(path, checkpoint), "net": plain, "arch": arch}
+    checked = {**checkpoint, **_checked_metadata(path, checkpoint), "net": plain, "arch": arch}
+    try:
+        with torch.device("meta"):
+            pruning.prunable(models.build(arch, classes), checked.get("settings", {}).get("exclude", "").split())
+    except ValueError as error:
+        raise Failure(f"{path} is not a checkpoint: {error}") from None
+    return checked
 
 
+def _check_form(path: Path, name: str, value: Tensor) -> None:
+    """Failure unless a value is an ordinary tensor on the CPU that is as large as the memory it came with."""
+    plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.layout == torch.strided
+    if not plain or value.device.type != "cpu" or value.dtype not in DTYPES:
+        raise Failure(f"{path} has {name} in a form that is not a plain tensor")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise Failure(f"{path} has {name} in a form that claims more values than the file holds")
+
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 NUMBERS = ("acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss", "format")
-TEXTS = ("arch", "dataset", "parent", "mode", "allocation", "retrain", "dense")
+TEXTS = ("arch", "dataset", "parent", "mode", "allocation", "retrain", "dense", "teacher", "exclude")
 WHOLE = ("image_size", "rewind", "epochs", "seed")
 
 
@@ -137,8 +206,10 @@ def _checked_metadata(path: Path, checkpoint: dict) -> dict:
     """What a checkpoint says of its network; Failure where the form is not that of main.py."""
     found = {name: checkpoint[name] for name in NUMBERS if name in checkpoint}
     for name, value in found.items():
-        if isinstance(value, Tensor) and value.numel() == 1:
-            found[name] = value = value.item()
+        if isinstance(value, Tensor):
+            _check_form(path, name, value)
+            if value.numel() == 1:
+                found[name] = value = value.item()
         if not isinstance(value, (int, float)) or not abs(value) < 1e12:
             raise Failure(f"{path} is not a checkpoint: its {name} is not a finite number")
     if "dtype" in checkpoint and checkpoint["dtype"] not in ("bf16", "fp16"):
@@ -160,6 +231,7 @@ def _checked_metadata(path: Path, checkpoint: dict) -> dict:
         kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(WHOLE, int) | {"val_fraction": float, "sparsity": float}
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
         good = good and all(0 <= settings.get(name, 0) < 1 for name in ("sparsity", "val_fraction"))
+        good = good and settings["image_size"] in image_sizes and settings.get("rewind", 0) >= 0
         if not (good and settings.get("epochs", 1) > 0):
             raise Failure(f"{path} is not a checkpoint: its settings are not in the form that main.py writes")
     return found

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import socket
+import stat
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import utils
 from utils import Failure, derive_seed, difference
 
+NAMES = ("cifar10", "cifar100", "digits")
+# The formats of the accepted endings. Others stay closed: Pillow would start other programs for some.
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+LARGEST_FILE = 2**28  # bytes of an image file
 PADDING = 4  # black pixels on each side before a random crop
 CROPPED_AT_ONCE = 2**25  # bytes of images
 
@@ -54,6 +60,7 @@ class Dataset:
     val_fraction: float = 0.0  # of the training images, held out and measured in place of the test images
     test_identity: str = ""
     left_out: str = ""
+    warning: str = ""  # for the user, about the images
     held_out_scores: bool = True  # whether accuracies in files of main.py are of the images in `test`
 
     def training_images(self) -> Split:
@@ -80,9 +87,9 @@ class Dataset:
         train, test = len(self.training_images().labels), len(self.test.labels)
         measured = "held-out training" if self.val_fraction else "test"
         left_out = f"; left out: {self.left_out}" if self.left_out else ""
-        return (
-            f"{self.name}: {train:,} training and {test:,} {measured} images of {len(self.classes)} classes{left_out}"
-        )
+        left_out += f"\nwarning: {self.warning}" if self.warning else ""
+        images = f"{train:,} training and {test:,} {measured} images of {len(self.classes)} classes"
+        return utils.printable(f"{self.name}: {images}") + left_out
 
 
 def load(name: str, data_dir: Path, image_size: int, val_fraction: float = 0.0, train: bool = True) -> Dataset:
@@ -92,6 +99,7 @@ def load(name: str, data_dir: Path, image_size: int, val_fraction: float = 0.0, 
     are not used: tune on them. Without `train` a folder needs no train/. Failure says what the user can do.
     """
     if name in ("cifar10", "cifar100"):
+        utils.check_memory(3 * 60_000 * image_size**2 * 2, f"60,000 images of --image-size {image_size}")
         dataset = _cifar(name, data_dir, image_size)
     elif name == "digits":
         dataset = _digits(image_size)
@@ -115,20 +123,22 @@ def split_validation(dataset: Dataset, fraction: float) -> Dataset:
 def _cifar(name: str, data_dir: Path, image_size: int) -> Dataset:
     from torchvision import datasets
 
-    kind, archive = {
-        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
-        "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz"),
+    kind, archive, unpacked = {
+        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz", "cifar-10-batches-py"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz", "cifar-100-python"),
     }[name]
     existed = data_dir.exists()
+    there = [path for path in (data_dir / archive, data_dir / unpacked) if path.exists()]
     socket.setdefaulttimeout(30)  # seconds: a network that swallows packets would otherwise hang the program
     try:
         train, test = (kind(str(data_dir), train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         if not existed and data_dir.exists() and not any(data_dir.iterdir()):
             data_dir.rmdir()
+        found = f"{there[0]} is damaged" if there else f"{name} is not in {data_dir}"
         raise Failure(
-            f"{name} is not in {data_dir} and cannot be downloaded ({getattr(error, 'reason', error)}): put {archive} "
-            f"into {data_dir}, or use --dataset FOLDER (with train/ and test/), or --dataset digits"
+            f"{found} and it cannot be downloaded ({getattr(error, 'reason', error)}): put {archive} into {data_dir}, "
+            "or use --dataset FOLDER (with train/ and test/), or --dataset digits"
         ) from None
     finally:
         socket.setdefaulttimeout(None)
@@ -183,18 +193,21 @@ def _folder(folder: Path, image_size: int, parts: tuple[str, ...]) -> Dataset:
         raise Failure(f"{folder} has only the class {names[0]}: training needs two or more")
     splits: dict[str, Split] = {}
     identities: dict[str, str] = {}
+    digests: dict[str, list[bytes]] = {}
     whole = hashlib.sha256()
     for part in parts:
         paths = [path for path, _ in samples[part]]
-        images, digests = _read(paths, image_size)
+        images, digests[part] = _read(paths, image_size)
         splits[part] = Split(images, torch.tensor([label for _, label in samples[part]]))
         entries = [
-            os.fsencode(Path(path).relative_to(folder).as_posix()) + digest for path, digest in zip(paths, digests)
+            os.fsencode(Path(path).relative_to(folder).as_posix()) + digest
+            for path, digest in zip(paths, digests[part])
         ]
         whole.update(b"".join(entries))
         identities[part] = f"folder {hashlib.sha256(b''.join(entries)).hexdigest()[:16]}"
     left_out = [f"{hidden} hidden files or folders"] if hidden else []
     left_out += [f"{len(others)} files that are not images, such as {others[0]}"] if others else []
+    warning = f"{seen} of the test images are training images, too" if (seen := _count_seen(digests)) else ""
     return Dataset(
         folder.resolve().name,
         f"folder {whole.hexdigest()[:16]}" if len(parts) == 2 else "",
@@ -202,8 +215,15 @@ def _folder(folder: Path, image_size: int, parts: tuple[str, ...]) -> Dataset:
         splits.get("train"),
         splits["test"],
         test_identity=identities["test"],
-        left_out=", ".join(left_out),
+        left_out=utils.printable(", ".join(left_out)),
+        warning=warning,
     )
+
+
+def _count_seen(digests: dict[str, list[bytes]]) -> int:
+    """How many test files are training files, byte for byte."""
+    known = set(digests.get("train", []))
+    return sum(digest in known for digest in digests["test"])
 
 
 def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]], int, list[str]]:
@@ -222,7 +242,7 @@ def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]], int, l
         raise Failure(f"{folder} has no class folders")
     for label, name in enumerate(classes):
         before = len(samples)
-        for parent, folders, files in sorted(os.walk(folder / name, followlinks=True)):
+        for parent, folders, files in sorted(_walk(folder / name)):
             if any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
                 continue
             hidden += sum(entry.startswith(".") for entry in folders + files)
@@ -236,17 +256,32 @@ def _list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]], int, l
     return classes, samples, hidden, others
 
 
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, following links. Failure names a link that leads back to a folder above it."""
+    above = {str(folder): [os.path.realpath(folder)]}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        for name in folders:
+            path = os.path.join(parent, name)
+            real = os.path.realpath(path)
+            if real in above[parent]:
+                raise Failure(f"{path} leads back to {real}, which contains it: a directory loop")
+            above[path] = [*above[parent], real]
+        yield parent, folders, files
+
+
 def _read(paths: list[str], size: int) -> tuple[Tensor, list[bytes]]:
     """Image files -> (N, size, size, 3) uint8, and a digest of each file. Failure names a broken file."""
+    # The images, a padded copy of the training images, and what Python itself needs.
+    utils.check_memory(2 * len(paths) * size**2 * 3, f"{len(paths):,} images of --image-size {size}")
     images = np.empty((len(paths), size, size, 3), np.uint8)
     digests = [b""] * len(paths)
 
     def read(start: int) -> None:
         for index, path in enumerate(paths[start : start + chunk], start):
             try:
-                content = Path(path).read_bytes()
+                content = _read_image(path)
                 digests[index] = hashlib.sha256(content).digest()
-                with Image.open(io.BytesIO(content)) as image:
+                with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                     images[index] = _pixels(image, size)
             except Exception as error:  # Pillow's decoders raise many kinds of error
                 reason = str(error).split(" <_io")[0]  # without the address of a buffer
@@ -258,6 +293,17 @@ def _read(paths: list[str], size: int) -> tuple[Tensor, list[bytes]]:
         for _ in tqdm(pool.map(read, starts), "reading images", len(starts), leave=False, disable=None):
             pass
     return torch.from_numpy(images), digests
+
+
+def _read_image(path: str) -> bytes:
+    """The content of a regular file of bounded size; ValueError for anything else, as for a pipe."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > LARGEST_FILE:
+        raise ValueError(f"it is larger than {LARGEST_FILE:,} bytes")
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _pixels(image: Image.Image, size: int) -> np.ndarray:
@@ -282,7 +328,7 @@ def of_checkpoints(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> D
     """
     settings: dict = next((c["settings"] for c in checkpoints.values() if "settings" in c), {})
     name = args.dataset or settings.get("dataset", "cifar10")
-    if not args.dataset and name.startswith("folder "):
+    if not args.dataset and name not in NAMES:  # no file decides which folder is read
         raise Failure("these checkpoints were made with a folder of images: name it with --dataset")
     size, fraction = args.image_size or settings.get("image_size", 32), args.val_fraction
     held_out = settings.get("val_fraction", 0.0)

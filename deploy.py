@@ -56,11 +56,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--onnx", action="store_true", help="also write an ONNX model with BatchNorm folded")
     parser.add_argument(
-        "--rounds", type=utils.positive_int, default=11, metavar="N", help="how often each runtime is measured"
+        "--rounds", type=utils.count, default=11, metavar="N", help="how often each runtime is measured"
     )
     parser.add_argument(
         "--threads",
-        type=utils.positive_int,
+        type=utils.count,
         metavar="N",
         help="measure with N threads, and with one (default: as many as PyTorch uses)",
     )

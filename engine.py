@@ -150,8 +150,8 @@ def fit(
     if state is not None:
         start, first, history = state["epoch"], state["step"], [dict(entry) for entry in state["history"]]
         network.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = lr
+        for weight, momentum in zip(network.parameters(), state["momentum"]):
+            optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight).copy_(momentum)
         sums.copy_(state["sums"])
         if ema:
             torch._foreach_copy_(ema.values, state["ema"])
@@ -163,7 +163,8 @@ def fit(
         if not all(value.isfinite().all() for value in network.state_dict().values()):
             # A state without a future must not replace a good one.
             raise not_finite(stage, epoch + bool(step))
-        tensors = {"net": network.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums}
+        momentum = [optimizer.state[weight]["momentum_buffer"] for weight in network.parameters()]
+        tensors = {"net": network.state_dict(), "momentum": momentum, "sums": sums}
         tensors |= {"ema": ema.values} if ema else {}
         seconds = spent + time.monotonic() - begin if step else 0.0
         save_state({"epoch": epoch, "step": step, "history": history, "seconds": seconds, **tensors})

@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "by the layer's shape (Evci et al. 2020); one threshold on LAMP scores (Lee et al. 2021)",
     )
     add("--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="layers that stay dense")
-    epochs = partial(add, type=utils.positive_int, metavar="N")
+    epochs = partial(add, type=utils.count, metavar="N")
     epochs("--retrain-epochs", default=20, help="single: epochs after pruning")
     add(
         "--step",
@@ -82,21 +82,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--rewind",
-        type=utils.positive_int,
+        type=utils.count,
         metavar="EPOCH",
         help="iter: after each step reset the weights that are left to those after this epoch of the dense training, "
         "which needs the flag too (lottery tickets, Frankle et al. 2020)",
     )
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=models.ARCHITECTURES, default="resnet18", help="network")
-    add("--epochs", type=utils.positive_int, default=200, metavar="N", help="epochs of the dense network")
+    add("--epochs", type=utils.count, default=200, metavar="N", help="epochs of the dense network")
     add("--lr", type=utils.positive_float, default=0.1, help="highest learning rate")
-    add("--batch-size", type=utils.positive_int, default=128, metavar="N", help="images per step")
+    add("--batch-size", type=utils.count, default=128, metavar="N", help="images per step")
     add("--seed", type=utils.seed, default=0, help="of initial weights, order and augmentation of the images")
     utils.add_data_arguments(parser, "cifar10", 32)
     utils.add_device_arguments(parser, "of training; auto is bf16 where the processor has it")
     add = parser.add_argument_group("files").add_argument
-    add("--checkpoint-dir", type=Path, default=Path("checkpoint"), metavar="DIR", help="where results go")
+    add("--checkpoint-dir", type=utils.directory, default=Path("checkpoint"), metavar="DIR", help="where results go")
     add("-r", "--resume", action="store_true", help="accepted and not needed: the same command always resumes")
     add("--force", action="store_true", help="make these results again; the old ones become NAME.bak")
     add("--dry-run", action="store_true", help="print what would be done, with an estimate of the time")
@@ -168,7 +168,7 @@ def experiment(run: Run) -> list[Stage]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = utils.choose_device(args.device)
-    utils.set_up(device)
+    utils.set_up(device, args.deterministic)
     run = Run(args, data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction), device)
     targets = run.plan(experiment, args.force)
     if args.dry_run:
@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
             run.directory.set_aside(targets)
             targets = run.plan(experiment)
         print(run.summary())
+        if todo := run.directory.all_unfinished([run.dense, *targets]):
+            print(run.start(todo))
         if args.pr and not run.checkpoint:
             print(f"{run.directory.file(run.dense)} is missing: training the dense network first")
             make(run, run.dense, targets)
@@ -197,10 +199,11 @@ def main(argv: list[str] | None = None) -> None:
 def make(run: Run, stage: Stage, targets: list[Stage]) -> None:
     """Make a stage from its parent's file: prune, measure, train from where it stopped, measure, write."""
     args, directory = run.args, run.directory
-    state, parent = directory.load_state(stage), directory.load_parent(stage)
+    parent = directory.load_parent(stage)
     torch.manual_seed(utils.derive_seed(args.seed, "initial weights"))
     fresh = models.build(args.arch, len(run.images.classes)) if parent is None else checkpoints.build_network(parent)
     network = engine.to_device(fresh, run.device)
+    state = directory.load_state(stage, network, len(run.train_batches))
     recipe, masks, pruned_acc = stage.recipe, {}, None
     if parent is not None:
         allocation, exclude = stage.settings["allocation"], stage.settings["exclude"].split()

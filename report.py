@@ -77,7 +77,7 @@ def plan(run: Run, targets: list[Stage]) -> str:
             rows.append([stage.name, "finished", 0, None])
             continue
         state = directory.state_file(stage)
-        done = directory.peek(state)["state"]["epoch"] if state.exists() else 0
+        done = directory.epochs_done(stage)
         distilled = bool(stage.parent) and run.args.retrain == "distilled"
         seconds[distilled] = seconds[distilled] or run.seconds_per_epoch(distilled)
         rows.append([stage.name, f"resumes after epoch {done}" if state.exists() else "to make", stage.epochs - done])

@@ -22,6 +22,10 @@ from stages import DENSE, Directory, Stage, check_experiment
 from utils import Failure
 
 
+def report_hours(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+
+
 class Run:
     """What the stages of one command share: images, device, settings, the dense network.
 
@@ -50,6 +54,7 @@ class Run:
         self.digest = ""  # of the weights of ckpt.pth
         self.early: dict[str, Tensor] | None = None
         self.zeros = 0
+        self.epochs_left = 0
         with torch.device("meta"):
             network = models.build(args.arch, len(images.classes))
         try:
@@ -92,8 +97,13 @@ class Run:
 
     def plan(self, experiment: Callable[["Run"], list[Stage]], force: bool = False) -> list[Stage]:
         """The results that the command asks for. Failure, before any work, when something is in their way."""
+        self.directory.check_places([self.dense], [self.early_path] if self.args.rewind else [])
         self.load_dense()
-        targets = experiment(self)
+        try:
+            targets = experiment(self)
+        except ValueError as error:
+            raise Failure(f"argument --step: {error}") from None
+        self.directory.check_places(targets, [])
         if self.args.pr and not self.checkpoint:
             self.directory.check(self.dense, force=False)
         for target in targets:
@@ -146,7 +156,7 @@ class Run:
         if self.checkpoint or (path.exists() and not force):
             settings = (self.checkpoint or checkpoints.load_checkpoint(path)).get("settings")
             advice = f"main.py --rewind {self.args.rewind} --force, without -pr, trains the dense network again"
-        elif state.exists() and not force and self.directory.peek(state)["state"].get("epoch", 0) >= self.args.rewind:
+        elif state.exists() and not force and self.directory.epochs_done(self.dense) >= self.args.rewind:
             settings, advice = self.dense.settings, f"delete {state} to start the dense training again"
         else:
             return  # the dense training will write them
@@ -217,6 +227,15 @@ class Run:
         recipe = Recipe(self.args.lr, teacher=teacher.eval() if distilled else None)
         return engine.seconds_per_step(network, self.train_batches, recipe, self.dtype) * len(self.train_batches)
 
+    def start(self, stages: list[Stage]) -> str:
+        """A line with the number of epochs to train and, where they are many, an estimate of the time."""
+        self.epochs_left = sum(stage.epochs - self.directory.epochs_done(stage) for stage in stages)
+        line = f"{len(stages)} stages, {self.epochs_left} epochs to train"
+        if self.epochs_left * len(self.train_batches) < 2000:
+            return line
+        distilled = self.args.retrain == "distilled" and bool(self.args.pr)
+        return f"{line}, about {report_hours(self.epochs_left * self.seconds_per_epoch(distilled) / 3600)}"
+
     def summary(self) -> str:
         """Which images are used, and which files are not."""
         old = self.directory.old_files()
@@ -242,11 +261,14 @@ class Run:
         if stage.parent is None and len(history) == self.args.rewind:
             content = {"net": checkpoints.plain_state(network), "settings": stage.settings}
             checkpoints.save(self.early_path, content)
+        self.epochs_left -= 1
         if not sys.stdout.isatty():
             now = history[-1]
+            left = report_hours(self.epochs_left * now["seconds"] / 3600)
             print(
                 f"{stage.name}: epoch {now['epoch']} of {stage.epochs}, lr {now['lr']:.4f}, training loss "
-                f"{now['loss']:.4f}, training accuracy {now['accuracy']:.2f} %, {now['seconds']:.1f} s"
+                f"{now['loss']:.4f}, training accuracy {now['accuracy']:.2f} %, {now['seconds']:.1f} s; "
+                f"{self.epochs_left} epochs left, about {left}"
             )
 
     def checkpoint_of(

@@ -10,6 +10,7 @@ DIR/log.jsonl              one line per epoch
 import contextlib
 import hashlib
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from typing import Any
 
 import filelock
 import torch
+from torch import Tensor, nn
 
 import checkpoints
 from engine import Recipe
 from utils import Failure, difference
 
 DENSE = "ckpt.pth"
+# What a crash leaves of a file that the program was about to write, and nothing else.
+TEMPORARY = re.compile(r"\.(?:[\w.]*ckpt(?:_epoch\d+)?|[0-9a-f]{16}|log)\.(?:pth|pt|jsonl)\.[0-9a-f]{8}\.tmp")
 # A result that differs in one of these belongs to another experiment, and --force does not replace it.
 EXPERIMENT = ("arch", "dataset", "image_size", "val_fraction", "classes")
 ANCESTRY = ("dense", "parent", "teacher")  # settings that are identities of networks
@@ -85,7 +89,23 @@ class Directory:
             missing.insert(0, stage)
         return missing
 
+    def all_unfinished(self, targets: list[Stage]) -> list[Stage]:
+        """The stages that are still to be made for several targets, each once."""
+        return list({stage.identity: stage for target in targets for stage in self.unfinished(target)}.values())
+
     # --- before any work ---
+
+    def check_places(self, targets: list[Stage], more: list[Path]) -> None:
+        """Failure when something that is no regular file, or no directory, has the name of what will be written."""
+        for folder in (self.path, self.levels, self.states):
+            if folder.is_symlink() and not folder.exists():
+                raise Failure(f"{folder} is a link to nothing")
+            if folder.exists() and not folder.is_dir():
+                raise Failure(f"{folder} is not a directory")
+        files = [file for stage in targets for file in (self.file(stage), self.state_file(stage))]
+        for file in [*files, *more, self.path / "log.jsonl", self.path / ".lock"]:
+            if file.exists() and not file.is_file():
+                raise Failure(f"{file} is not a regular file")
 
     def check(self, target: Stage, force: bool) -> None:
         """Failure when a file or a state of the target's name was made otherwise than asked.
@@ -118,6 +138,8 @@ class Directory:
 
     def peek(self, path: Path) -> dict:
         """What a state file holds, without reading its tensors."""
+        if not path.is_file():
+            raise Failure(f"{path} is not a regular file")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # torch's reader raises many kinds of error on damaged bytes
@@ -126,6 +148,12 @@ class Directory:
         if not isinstance(saved, dict) or not good:
             raise Failure(f"{path} is damaged: delete it to start this stage again")
         return saved
+
+    def epochs_done(self, stage: Stage) -> int:
+        """Epochs after which an interrupted stage resumes, 0 where it starts."""
+        path = self.state_file(stage)
+        epoch = self.peek(path)["state"].get("epoch") if path.exists() else 0
+        return epoch if type(epoch) is int and 0 <= epoch <= stage.epochs else 0
 
     # --- at work ---
 
@@ -144,12 +172,14 @@ class Directory:
             self.lock = filelock.FileLock(self.path / ".lock", timeout=0)
             self.lock.acquire()
             for folder in (self.path, self.levels, self.states):
-                for leftover in folder.glob(".*.tmp"):
-                    leftover.unlink()
+                for leftover in folder.iterdir():
+                    if TEMPORARY.fullmatch(leftover.name):
+                        leftover.unlink()
+            checkpoints.sync_directory(self.path)
         except filelock.Timeout:
             raise Failure(f"{self.path} is in use: another run is at work there") from None
         except OSError as error:
-            raise Failure(f"{self.path} cannot be written: {error.strerror or error}") from None
+            raise Failure(f"{error.filename or self.path} cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
         """Unlock, and remove folders that are empty."""
@@ -209,23 +239,24 @@ class Directory:
             raise Failure(f"{path} is not the level that its name says: delete it")
         return checkpoint
 
-    def load_state(self, stage: Stage) -> dict | None:
-        """The state from which an interrupted stage resumes, None where there is none."""
+    def load_state(self, stage: Stage, network: nn.Module, steps: int) -> dict | None:
+        """The state from which an interrupted stage resumes, None where there is none.
+
+        Failure unless it fits the network, and the stage with so many `steps` an epoch.
+        """
         path = self.state_file(stage)
         if not path.exists():
             return None
-        damaged = Failure(f"{path} is damaged: delete it to start this stage again")
+        advice = "delete it to start this stage again"
         try:
             saved = checkpoints.load(path)
-        except Failure:
-            raise damaged from None
-        parts = {"epoch", "step", "history", "net", "optimizer", "sums", "seconds"}
-        parts |= {"ema"} if stage.recipe.ema else set()
+        except Failure as failure:
+            raise Failure(f"{failure}: {advice}") from None
         state = saved.get("state") if isinstance(saved, dict) else None
-        if not isinstance(saved, dict) or not isinstance(state, dict) or not parts <= state.keys():
-            raise damaged
+        if not isinstance(saved, dict) or not isinstance(state, dict) or not fits(state, stage, network, steps):
+            raise Failure(f"{path} is damaged: {advice}")
         if saved.get("settings") != stage.settings:
-            raise Failure(f"{path} was made with other settings: delete it to start this stage again")
+            raise Failure(f"{path} was made with other settings: {advice}")
         return state
 
     def save_state(self, stage: Stage, state: dict) -> None:
@@ -248,6 +279,47 @@ class Directory:
         mine = [log_line(stage, entry) for entry in history]
         if others + mine != lines:
             checkpoints.write(path, "".join(others + mine).encode())
+
+
+def fits(state: dict, stage: Stage, network: nn.Module, steps: int) -> bool:
+    """Whether a state has every part that engine.fit resumes from, in shapes and numbers that fit."""
+
+    def numbers(*values: object) -> bool:
+        return all(type(value) in (int, float) and math.isfinite(value) for value in values)  # type: ignore[arg-type]
+
+    def like(values: object, expected: list[Tensor]) -> bool:
+        return (
+            isinstance(values, list)
+            and len(values) == len(expected)
+            and all(
+                isinstance(value, Tensor)
+                and (value.shape, value.dtype) == (wanted.shape, wanted.dtype)
+                and bool(value.isfinite().all())
+                for value, wanted in zip(values, expected)
+            )
+        )
+
+    epoch, step, history, net = (state.get(name) for name in ("epoch", "step", "history", "net"))
+    if not (type(epoch) is int and type(step) is int and isinstance(history, list) and isinstance(net, dict)):
+        return False
+    weights: list[Tensor] = list(network.parameters())
+    wanted, accuracy = network.state_dict(), state.get("pruned_acc")
+    entries = [entry if isinstance(entry, dict) else {} for entry in history]
+    names = ("lr", "loss", "accuracy", "seconds")
+    return (
+        0 <= epoch <= stage.epochs
+        and 0 <= step <= (steps if epoch < stage.epochs else 0)
+        and epoch + step > 0
+        and [entry.get("epoch") for entry in entries] == list(range(1, epoch + 1))
+        and all(numbers(*(entry.get(name) for name in names)) for entry in entries)
+        and numbers(state.get("seconds"))
+        and list(net) == list(wanted)
+        and like(list(net.values()), list(wanted.values()))
+        and like(state.get("momentum"), weights)
+        and like([state.get("sums")], [torch.zeros(3, dtype=torch.float64)])
+        and (not stage.recipe.ema or like(state.get("ema"), weights))
+        and (numbers(accuracy) if stage.parent else accuracy is None)
+    )
 
 
 def log_line(stage: Stage, entry: dict) -> str:

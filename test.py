@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description="Reload every checkpoint of a directory and report sparsity and accuracy.")
     parser.add_argument(
         "--checkpoint-dir",
-        type=Path,
+        type=utils.directory,
         nargs="+",
         default=[Path("checkpoint")],
         metavar="DIR",
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = utils.choose_device(args.device)
-    utils.set_up(device)
+    utils.set_up(device, args.deterministic)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     directories = list({path.resolve(): path for path in args.checkpoint_dir}.values())
     found = [read_all(directory) for directory in directories]
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     tables, problems = [], []
     for directory, (networks, unreadable) in zip(directories, found):
         if len(directories) > 1:
-            print(f"{directory}:")
+            print(f"{utils.printable(str(directory))}:")
         wrong = list(unreadable)
         try:
             tables.append(report_directory(directory, networks, images, device, dtype, args.layers, wrong))
@@ -184,13 +184,13 @@ def print_mixed(directories: list[dict[Path, dict]]) -> None:
         model, wanted = first.setdefault((path.name, checkpoint["arch"]), (path, settings))
         names = [name for name in wanted | settings if wanted.get(name) != settings.get(name)]
         if names:
-            print(f"{path} and {model} differ in more than the seed: {', '.join(names)}")
+            print(utils.printable(f"{path} and {model} differ in more than the seed: {', '.join(names)}"))
 
 
 def complain(problems: list[str]) -> int:
     """Print a line for each problem; returns the exit code."""
     for problem in problems:
-        print(f"test.py: {problem}", file=sys.stderr)
+        print(f"test.py: {utils.printable(problem)}", file=sys.stderr)
     return 1
 
 

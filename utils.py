@@ -22,8 +22,13 @@ class Failure(Exception):
     """One line for the user. `code` is the exit code: 2 for bad input, 1 for everything else."""
 
     def __init__(self, message: str, code: int = 2):
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self.code = code
+
+
+def printable(text: str) -> str:
+    """Text from a file, safe to print: control characters could otherwise command the terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class Interrupted(Exception):
@@ -64,12 +69,20 @@ def number(kind: type, accept: Callable[[float], bool], what: str) -> Callable[[
     return parse
 
 
-positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+count = number(int, lambda value: 0 < value <= 10**6, "a whole number from 1 to 1,000,000")
 positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 fraction = number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 fraction_or_zero = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+image_sizes = range(16, 1025)
 seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
-image_size = number(int, lambda value: 16 <= value <= 1024, "a whole number from 16 to 1024")
+image_size = number(int, lambda value: value in image_sizes, "a whole number from 16 to 1024")
+
+
+def directory(text: str) -> Path:
+    """An argparse type: the path of a directory; an empty one would silently be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name is not a directory")
+    return Path(text)
 
 
 def sparsity(text: str) -> float:
@@ -92,7 +105,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, siz
         help="cifar10, cifar100, digits, or a folder with train/<class>/ and test/<class>/ images",
     )
     group.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR lies or is downloaded to"
+        "--data-dir", type=directory, default=Path("data"), metavar="DIR", help="where CIFAR lies or is downloaded to"
     )
     group.add_argument(
         "--image-size",
@@ -116,6 +129,9 @@ def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> Non
     group = parser.add_argument_group("device")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same bits on a GPU, too, where it is slower; a CPU always is"
+    )
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -130,7 +146,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         line, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except torch.OutOfMemoryError:
-        line, code = "the GPU has too little memory: try a smaller --batch-size", 1
+        line, code = "the GPU has too little memory: try a smaller --batch-size or --image-size", 1
+    except MemoryError:
+        line, code = "too little memory: try a smaller --batch-size or --image-size", 1
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        line, code = "too little memory: try a smaller --batch-size or --image-size", 1
     except Interrupted as stop:
         line, code = str(stop), 128 + _signal
     print(f"{program}: {line}", file=sys.stderr)
@@ -189,13 +211,30 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def set_up(device: torch.device) -> None:
-    """Configure the device once, before any work on it."""
+def check_memory(needed: int, what: str) -> None:
+    """Failure when `what` needs more bytes than the machine has left; nothing where that is unknown."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        meminfo = Path("/proc/meminfo").read_text()
+        available = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+        if needed > available:
+            raise Failure(f"{what} need {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are left")
+
+
+def set_up(device: torch.device, deterministic: bool = False) -> None:
+    """Configure the device once, before any work on it.
+
+    `deterministic` makes a GPU compute the same bits in every run; without it cuDNN may sum in another order.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none is read
     if device.type == "cuda":
         if device.index is not None:  # CUDA graphs and streams belong to the current device
             torch.cuda.set_device(device)
-        # cuDNN times its algorithms. fp32 means fp32: TF32 would round its inputs to 10 bits.
-        torch.backends.cudnn.benchmark = True
+        # cuDNN times its algorithms, and takes the fastest. fp32 means fp32: TF32 would round its inputs to 10 bits.
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.deterministic = deterministic
         with warnings.catch_warnings(action="ignore"):  # some versions announce a new name for the setting
             torch.backends.cudnn.allow_tf32 = False
     else:

@@ -102,6 +102,13 @@ def kill_at(number: int) -> Callable[..., None]:
     return count
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what this machine cannot run."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--histories", type=int, default=2, help="how many random histories of commands are killed")
     parser.addoption("--kills", type=int, default=6, help="how often the kill test kills the run")

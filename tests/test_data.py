@@ -1,6 +1,7 @@
 """Images in, batches out; and every way in which images can be missing or broken."""
 
 import argparse
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -296,6 +297,16 @@ def broken(folder: Path, how: str) -> None:
         image.symlink_to("nowhere.png")
     elif how == "not an image":
         image.write_text("hello")
+    elif how == "PostScript":  # Pillow would start Ghostscript for it
+        image.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n")
+    elif how == "pipe":
+        image.unlink()
+        os.mkfifo(image)
+    elif how == "endless":
+        image.unlink()
+        image.symlink_to("/dev/zero")
+    elif how == "loop":
+        (folder / "train" / "dark" / "again").symlink_to(folder / "train" / "dark")
     elif how == "floats":
         Image.fromarray(np.zeros((16, 16), np.float32)).save(folder / "train" / "dark" / "a.tiff")
 
@@ -311,6 +322,10 @@ def broken(folder: Path, how: str) -> None:
         ("truncated image", "train/dark/1.png cannot be read as an image: "),
         ("dangling link", "train/dark/1.png cannot be read as an image: "),
         ("not an image", "train/dark/1.png cannot be read as an image: cannot identify image file"),
+        ("PostScript", "train/dark/1.png cannot be read as an image: cannot identify image file"),
+        ("pipe", "train/dark/1.png cannot be read as an image: it is not a regular file"),
+        ("endless", "train/dark/1.png cannot be read as an image: it is not a regular file"),
+        ("loop", "train/dark/again leads back to "),
         ("floats", "train/dark/a.tiff cannot be read as an image: floating-point pixels have no agreed range"),
     ],
 )
@@ -321,6 +336,49 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path, how, mess
         data.load(str(folder), NOWHERE, 16)
     assert message in str(failure.value)
     assert "\n" not in str(failure.value)
+
+
+def test_an_image_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "x", train=3, test=2)
+    monkeypatch.setattr(data, "LARGEST_FILE", 10)
+    with pytest.raises(utils.Failure, match=r"cannot be read as an image: it is larger than 10 bytes"):
+        data.load(str(folder), NOWHERE, 16)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "x", train=3, test=2)
+
+    def refuse(needed: int, what: str) -> None:
+        raise utils.Failure(f"{what} need {needed} bytes")
+
+    monkeypatch.setattr(utils, "check_memory", refuse)
+    with pytest.raises(utils.Failure, match=r"^6 images of --image-size 64 need 147456 bytes$"):
+        data.load(str(folder), NOWHERE, 64)
+
+
+def test_test_images_that_are_training_images_are_reported(tmp_path):
+    folder = write_images(tmp_path / "x", train=3, test=2)
+    shutil.rmtree(folder / "test")
+    (folder / "test").symlink_to("train")
+    loaded = data.load(str(folder), NOWHERE, 16)
+    assert loaded.summary().endswith("2 classes\nwarning: 6 of the test images are training images, too")
+
+
+def test_no_file_decides_which_folder_is_read(tmp_path):
+    args = argparse.Namespace(dataset=None, data_dir=NOWHERE, image_size=None, val_fraction=None)
+    settings = {"dataset": str(write_images(tmp_path / "x", train=3, test=2)), "image_size": 16}
+    with pytest.raises(utils.Failure, match="name it with --dataset"):
+        data.of_checkpoints(args, {Path("x.pth"): {"settings": settings}})
+
+
+def test_a_damaged_archive_is_named(tmp_path, monkeypatch):
+    def refuse(*_args: object, **_more: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    (tmp_path / "cifar-10-python.tar.gz").write_text("hello")
+    with pytest.raises(utils.Failure, match=r"cifar-10-python\.tar\.gz is damaged and it cannot be downloaded"):
+        data.load("cifar10", tmp_path, 32)
 
 
 @pytest.mark.parametrize("existed", [False, True])

@@ -388,6 +388,62 @@ assert not unwanted, unwanted
             assert "import deployment" not in text and "from deployment" not in text, path
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_too_little_memory_is_one_line_with_the_flags_that_help(line, monkeypatch, error):
+    def fail(*_args: object, **_more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "fit", fail)
+    done = call("main.py", *line, "-pr", "0.5", "-shot", "single")
+    assert done.returncode == 1
+    assert done.stderr == "main.py: too little memory: try a smaller --batch-size or --image-size\n"
+
+
+def test_a_deterministic_run_gives_the_same_bytes(experiment, line, tmp_path, monkeypatch):
+    """On a CPU it changes nothing; that no operation of the program refuses it is what matters."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    try:
+        succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    name = "50percent_single_ckpt.pth"
+    assert (tmp_path / name).read_bytes() == (experiment[0] / name).read_bytes()
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_resumes_to_the_same_bytes(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    line = [*SMALL, *SMALL_PRUNING, "-pr", "0.5", "-shot", "single", "iter", "--deterministic", "--dataset", images]
+    line[line.index("cpu")] = "cuda"
+    try:
+        succeed("main.py", *line, "--checkpoint-dir", tmp_path / "whole")
+        left = [40]
+
+        def requested() -> bool:
+            left[0] -= 1
+            return left[0] == 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "stop_requested", requested)
+            done = call("main.py", *line, "--checkpoint-dir", tmp_path / "resumed")
+        assert "the same command resumes" in done.stderr
+        succeed("main.py", *line, "--checkpoint-dir", tmp_path / "resumed")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_the_first_lines_say_how_much_there_is_to_do(line):
+    printed = succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "iter")
+    first, second, *_ = printed.splitlines()
+    assert first == "shades: 80 training and 22 test images of 2 classes"
+    assert second == "4 stages, 5 epochs to train"
+    assert "; 0 epochs left, about 0 minutes\n" in printed
+
+
 def test_the_example_of_the_documentation_runs():
     text = (ROOT / "docs" / "own-training.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]

@@ -367,26 +367,130 @@ def test_results_and_states_of_earlier_versions(setting, tmp_path):
     assert (tmp_path / "80percent_single_ckpt.pth").read_bytes() == whole["80percent_single_ckpt.pth"]
 
 
-@pytest.mark.parametrize("damage", ["text", "lacks parts", "other settings"])
-def test_a_damaged_state_is_named(setting, tmp_path, monkeypatch, damage):
+def state_of(tmp_path: Path, monkeypatch, command: tuple) -> Path:
+    """The state of a one-shot retraining that was stopped in its second epoch."""
+    interrupt(monkeypatch, 1 + 3 + 2, *command)
+    return tmp_path / "resume" / "50percent_single_ckpt.pt"
+
+
+def change(saved: dict, *keys: object, value: object = None) -> None:
+    """Set an entry of nested dictionaries and lists, or delete it."""
+    for key in keys[:-1]:
+        saved = saved[key]
+    if value is None:
+        del saved[keys[-1]]
+    else:
+        saved[keys[-1]] = value
+
+
+NAN = float("nan")
+DAMAGE = {
+    "a weight is missing": ("net", "bn1.weight", None),
+    "a weight is unknown": ("net", "bn9.weight", torch.zeros(16)),
+    "a weight has another shape": ("net", "bn1.weight", torch.zeros(8)),
+    "a weight has another type": ("net", "bn1.weight", torch.zeros(16, dtype=torch.float64)),
+    "a weight is nan": ("net", "bn1.weight", torch.full((16,), NAN)),
+    "a weight is a number": ("net", "bn1.weight", 3),
+    "net is a list": ("net", [1]),
+    "momentum is short": ("momentum", 0, None),
+    "momentum has another shape": ("momentum", 0, torch.zeros(3)),
+    "momentum is a number": ("momentum", 3),
+    "the average is missing": ("ema", None),
+    "the average has another shape": ("ema", 1, torch.zeros(3)),
+    "sums are short": ("sums", torch.zeros(2, dtype=torch.float64)),
+    "sums are infinite": ("sums", torch.full((3,), torch.inf, dtype=torch.float64)),
+    "the epoch is negative": ("epoch", -1),
+    "the epoch is past the end": ("epoch", 3),
+    "the epoch is huge": ("epoch", 10**400),
+    "the epoch is a text": ("epoch", "1"),
+    "the epoch is a fraction": ("epoch", 1.0),
+    "the epoch is another": ("epoch", 2),
+    "the step is negative": ("step", -1),
+    "the step is past the end": ("step", 4),
+    "the history is empty": ("history", []),
+    "the history is a text": ("history", "none"),
+    "an epoch has another number": ("history", 0, "epoch", 2),
+    "an epoch has no loss": ("history", 0, "loss", None),
+    "a loss is nan": ("history", 0, "loss", NAN),
+    "an epoch is a list": ("history", 0, [1]),
+    "seconds are missing": ("seconds", None),
+    "seconds are nan": ("seconds", NAN),
+    "the accuracy is a text": ("pruned_acc", "high"),
+    "the accuracy is missing": ("pruned_acc", None),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(setting, tmp_path_factory):
+    """A directory with an interrupted stage."""
     line, whole = setting
-    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
-    command = (*line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
-    interrupt(monkeypatch, 3, *command)
-    state = tmp_path / "resume" / "50percent_single_ckpt.pt"
+    folder = tmp_path_factory.mktemp("interrupted")
+    (folder / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "SAVE_SECONDS", 0)
+        state = state_of(folder, patch, (*line, "--checkpoint-dir", folder, "-pr", "0.5", "-shot", "single"))
+    return folder, state.name
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_state_that_does_not_fit_is_named_and_left_alone(setting, interrupted, tmp_path, damage):
+    folder, name = interrupted
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "resume" / name
     saved = torch.load(state, weights_only=True)
-    if damage == "text":
+    *keys, value = DAMAGE[damage]
+    change(saved["state"], *keys, value=value)
+    checkpoints.save(state, saved)
+    before = state.read_bytes()
+    done = call("main.py", *setting[0], "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr == f"main.py: {state} is damaged: delete it to start this stage again\n"
+    assert state.read_bytes() == before
+
+
+def test_a_flipped_bit_in_a_state_is_noticed_or_changes_nothing(setting, interrupted, tmp_path):
+    line, whole = setting
+    folder, name = interrupted
+    content = (folder / "resume" / name).read_bytes()
+    moments, noticed = random.Random(0), 0
+    for number in range(12):
+        place = tmp_path / str(number)
+        shutil.copytree(folder, place)
+        bit = moments.randrange(8 * len(content))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (place / "resume" / name).write_bytes(flipped)
+        done = call("main.py", *line, "--checkpoint-dir", place, "-pr", "0.5", "-shot", "single")
+        if done.returncode:
+            assert done.returncode == 2 and "delete it to start this stage again" in done.stderr
+            noticed += 1
+        else:
+            assert contents(place).items() <= whole.items(), bit
+    assert noticed >= 10
+
+
+@pytest.mark.parametrize("kind", ["text", "a pipe", "a directory", "other settings"])
+def test_what_is_no_state_is_named(setting, interrupted, tmp_path, kind):
+    folder, name = interrupted
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "resume" / name
+    saved = torch.load(state, weights_only=True)
+    state.unlink()
+    if kind == "text":
         state.write_text("hello")
-    elif damage == "lacks parts":
-        del saved["state"]["optimizer"]
-        checkpoints.save(state, saved)
+    elif kind == "a pipe":
+        os.mkfifo(state)
+    elif kind == "a directory":
+        state.mkdir()
     else:
         checkpoints.save(state, saved | {"settings": saved["settings"] | {"seed": 3}})
-    before = state.read_bytes()
-    done = call("main.py", *command)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{state} " in done.stderr and "delete it to start this stage again" in done.stderr
-    assert state.read_bytes() == before
+    done = call("main.py", *setting[0], "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    messages = {
+        "text": "is damaged: delete it",
+        "other settings": "was made with other settings: seed 3 there, 0 asked",
+    }
+    assert f"{state} {messages.get(kind, 'is not a regular file')}" in done.stderr
 
 
 def test_what_a_kill_left_beside_a_finished_dense_network_goes(setting, tmp_path, monkeypatch):
@@ -412,13 +516,59 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
     second.close()
 
 
-def test_a_directory_that_cannot_be_used_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(utils.Failure, match="file cannot be written"):
-        stages.Directory(tmp_path / "file").open(0)
+def test_a_directory_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     with pytest.raises(utils.Failure, match="MB left"):
         stages.Directory(tmp_path / "full").open(10**18)
     assert not (tmp_path / "full").exists()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # as when another user owns the file
+    with pytest.raises(utils.Failure, match=r"x/\.lock cannot be written: Permission denied"):
+        stages.Directory(tmp_path / "x").open(0)
+
+
+@pytest.mark.parametrize("name", ["ckpt.pth", "50percent_iter_ckpt.pth", "log.jsonl", "resume/50percent_iter_ckpt.pt"])
+def test_a_directory_in_the_place_of_a_file_is_refused_before_any_work(setting, tmp_path, name):
+    line, _ = setting
+    (tmp_path / name).mkdir(parents=True)
+    done = call("main.py", *line, "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "iter")
+    assert done.returncode == 2 and done.stderr == f"main.py: {tmp_path / name} is not a regular file\n"
+
+
+def test_a_file_or_a_link_to_nothing_in_the_place_of_a_directory_is_refused(setting, tmp_path):
+    line, _ = setting
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "levels").write_text("")
+    for name, message in ("file", "is not a directory"), ("link", "is a link to nothing"), ("x", "is not a directory"):
+        done = call("main.py", *line, "--checkpoint-dir", tmp_path / name)
+        path = tmp_path / name / ("levels" if name == "x" else "")
+        assert done.returncode == 2 and done.stderr == f"main.py: {path} {message}\n"
+
+
+def test_a_full_disk_does_not_matter_when_there_is_nothing_to_do(setting, tmp_path, monkeypatch):
+    line, whole = setting
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 0))
+    succeed("main.py", *line, *TARGETS, "--checkpoint-dir", tmp_path)
+    (tmp_path / "50percent_iter_ckpt.pth").unlink()
+    done = call("main.py", *line, *TARGETS, "--checkpoint-dir", tmp_path)
+    assert done.returncode == 2 and "the disk has 0 MB left, the run needs" in done.stderr
+
+
+def test_only_files_of_the_program_are_cleaned_up(setting, tmp_path):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    theirs = [".x.tmp", ".ckpt.pth.tmp", ".notes.12345678.tmp", ".results.csv.12345678.tmp", "x.tmp"]
+    ours = [".ckpt.pth.0123abcd.tmp", ".90percent_iter_ckpt.pth.0123abcd.tmp", ".log.jsonl.0123abcd.tmp"]
+    for name in theirs + ours:
+        (tmp_path / name).write_text("")
+    succeed("main.py", *line, "--checkpoint-dir", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == sorted(theirs)
 
 
 @pytest.mark.slow

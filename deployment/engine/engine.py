@@ -1,7 +1,9 @@
 """The engine: prepared once from a network, then called with images like the network itself."""
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,6 +70,9 @@ class Engine:
         self.pool = ThreadPool(self.threads)
         self.lock = threading.Lock()
         self.prepared: dict[tuple[int, int, bool], Prepared] = {}
+        if hasattr(os, "register_at_fork"):
+            this = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: this() and this().start_anew())
         self.dense, self.dense_weights = transformed(self.layers, self.faster_dense(image_size), self.lanes)
         self.check(network, image_size)
 
@@ -80,7 +85,16 @@ class Engine:
             raise ValueError(f"images must be (N, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}")
         pixels = np.ascontiguousarray(images.detach().numpy())
         with self.lock:  # all calls use the same memory for activations
-            return self.compute(pixels)
+            try:
+                return self.compute(pixels)
+            except BaseException:  # such as Ctrl-C: other threads may still write to the memory of this call
+                self.prepared.clear()
+                raise
+
+    def start_anew(self) -> None:
+        """In a forked process: a thread that was computing is not there to release the lock and its memory."""
+        self.lock = threading.Lock()
+        self.prepared = {}
 
     def compute(self, pixels: np.ndarray) -> Tensor:
         count, _, height, width = pixels.shape
@@ -125,9 +139,8 @@ class Engine:
                     *prepared.arguments(thread, threads), logits, pixels, thread, threads, counter.ctypes.data
                 )
             )
-        except BaseException:  # such as Ctrl-C: release the others from the barrier, and drop memory they may write to
+        except BaseException:  # such as Ctrl-C: release the others from the barrier
             counter[0] = 2**62
-            self.prepared.clear()
             raise
 
     def prepare(self, height: int, width: int, grouped: bool) -> Prepared:

@@ -252,6 +252,41 @@ def test_an_engine_works_in_a_forked_process():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize("count", [1, 64])
+def test_a_call_after_an_interrupted_one_does_not_use_its_memory(monkeypatch, count):
+    """The calling thread is interrupted; the others may go on writing to what they were given."""
+    engine = Engine(pruned("resnet20", 0.1), 16, threads=THREADS)
+    images = torch.randn(count, 3, 16, 16)
+    expected = engine(images)
+    used = [id(arena) for prepared in engine.prepared.values() for arena in prepared.arenas]
+    kept = list(engine.prepared.values())  # so that no new memory has an old address
+
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pool, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine(images)
+    assert torch.equal(engine(images), expected)
+    assert kept and not set(used) & {id(arena) for ready in engine.prepared.values() for arena in ready.arenas}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_computes_works():
+    """The child has a lock of its own: nobody is there to release the parent's."""
+    engine = Engine(pruned("resnet20", 0.1), 16, threads=1)
+    images = torch.randn(1, 3, 16, 16)
+    expected = engine(images)
+    with engine.lock:  # as while a call is computing
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if torch.equal(engine(images), expected) else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
 def test_plans_for_old_image_sizes_are_dropped():
     sparse = Engine(pruned("padded", 0.3), 16)
     for size in range(16, 30):
