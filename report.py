@@ -19,6 +19,7 @@ import engine
 import pruning
 from run import Run
 from stages import DENSE, Stage
+from utils import printable
 
 # --- File names: written and parsed here only ----------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ def write(rows: list[Row], directory: Path) -> str:
     checkpoints.write(directory / "results.png", figure(rows))
     table = [
         {
-            "model": row.file if len(row.file) < 27 else row.file.replace("_ckpt", "_\nckpt"),
+            "model": printable(row.file) if len(row.file) < 27 else printable(row.file).replace("_ckpt", "_\nckpt"),
             "asked %": row.sparsity_asked,
             "found %": f"{row.sparsity:.4f}",
             "of all %": row.sparsity_all_parameters,

@@ -15,6 +15,7 @@ from conftest import write_images
 from PIL import Image
 
 import data
+import image_files
 import utils
 
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_a_folder_can_be_measured_without_its_training_images(tmp_path):
 def test_grey_images_of_16_bits_keep_their_range(tmp_path):
     pixels = np.full((16, 16), 0x8000, np.uint16)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert set(data._read([str(tmp_path / "a.png")], 16)[0].flatten().tolist()) == {128}
+    assert set(image_files.read_images([str(tmp_path / "a.png")], 16)[0].flatten().tolist()) == {128}
 
 
 def test_held_out_images_are_training_images_that_are_not_trained_on(digits):
@@ -340,7 +341,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path, how, mess
 
 def test_an_image_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "x", train=3, test=2)
-    monkeypatch.setattr(data, "LARGEST_FILE", 10)
+    monkeypatch.setattr(image_files, "LARGEST_FILE", 10)
     with pytest.raises(utils.Failure, match=r"cannot be read as an image: it is larger than 10 bytes"):
         data.load(str(folder), NOWHERE, 16)
 

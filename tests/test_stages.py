@@ -97,6 +97,92 @@ def test_killed_before_any_operation_on_files_it_ends_with_the_same_files(settin
         assert leftovers(tmp_path) == [], number
 
 
+class Disk:
+    """What would be on the disk after a power loss: only what an fsync made durable.
+
+    A file's content becomes durable when the file is synced, the names in a directory when the directory is.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.contents: dict[str, bytes] = {}  # durable, by an identity of the file
+        self.names: dict[str, dict[str, str]] = {}  # by directory: what a running program sees
+        self.durable: dict[str, dict[str, str]] = {}
+        self.states: list[dict[str, bytes]] = []
+        for path in root.iterdir():
+            self.contents[path.name] = path.read_bytes()
+            self.names.setdefault(".", {})[path.name] = path.name
+        self.durable["."] = dict(self.names["."])
+
+    def place(self, path: Path) -> tuple[dict[str, str], str]:
+        return self.names.setdefault(str(path.parent.relative_to(self.root)), {}), path.name
+
+    def sync(self, path: Path) -> None:
+        if path.is_dir():
+            folder = str(path.relative_to(self.root))
+            self.durable[folder] = dict(self.names.get(folder, {}))
+        else:
+            names, name = self.place(path)
+            names.setdefault(name, f"file {len(self.contents)}")
+            self.contents[names[name]] = path.read_bytes()
+        self.record()
+
+    def rename(self, path: Path, target: Path) -> None:
+        (names, name), (others, other) = self.place(path), self.place(target)
+        others[other] = names.pop(name)
+        self.record()
+
+    def unlink(self, path: Path) -> None:
+        names, name = self.place(path)
+        names.pop(name, None)
+        self.record()
+
+    def make_directory(self, path: Path) -> None:
+        if path == self.root:
+            return
+        names, name = self.place(path)
+        names.setdefault(name, "directory")
+
+    def record(self) -> None:
+        state = {}
+        for folder, names in self.durable.items():
+            if folder == "." or self.durable["."].get(folder) == "directory":
+                found = {f"{folder}/{name}": file for name, file in names.items() if file != "directory"}
+                state |= {name: self.contents[file] for name, file in found.items()}
+        if not self.states or state != self.states[-1]:
+            self.states.append(state)
+
+
+@pytest.mark.slow
+def test_after_a_power_loss_the_run_ends_with_the_same_weights(setting, tmp_path, monkeypatch):
+    """The writes, syncs and renames of a run are recorded, and cut at every point at which something became durable."""
+    line, whole = setting
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in "ckpt.pth", "50percent_iter_ckpt.pth":
+        (folder / name).write_bytes(whole[name])
+    disk = Disk(folder)
+    fsync, rename, unlink, mkdir = os.fsync, os.replace, Path.unlink, Path.mkdir
+    command = (*line, "-pr", "0.5", "0.8", "-shot", "iter", "--checkpoint-dir")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (fsync(file), disk.sync(Path(os.readlink(f"/proc/self/fd/{file}")))))
+        patch.setattr(os, "replace", lambda a, b: (rename(a, b), disk.rename(Path(a), Path(b))))
+        patch.setattr(Path, "unlink", lambda path, **more: (unlink(path, **more), disk.unlink(path)))
+        patch.setattr(Path, "mkdir", lambda path, **more: (mkdir(path, **more), disk.make_directory(path)))
+        succeed("main.py", *command, folder, "--force")
+    assert contents(folder) == {name: whole[name] for name in contents(folder)}
+    assert len(disk.states) > 2 * 7  # of each of seven stages a state and a file
+    for number, state in enumerate(disk.states[::2]):
+        place = tmp_path / str(number)
+        place.mkdir()
+        for name, content in state.items():
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes(content)
+        succeed("main.py", *command, place)
+        assert contents(place) == contents(folder), number
+        assert leftovers(place) == [], number
+
+
 def history(moments: random.Random) -> tuple[list[str], bool]:
     """Targets added and left out, --control, --rewind and --force, at random."""
     targets = moments.sample(["0.5", "0.8"], moments.randint(1, 2))
