@@ -150,6 +150,7 @@ def _digits(image_size: int) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
+    utils.check_memory(2 * len(digits.images) * image_size**2 * 3, f"the digits at --image-size {image_size}")
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     images = np.stack([to_pixels(Image.fromarray(image), image_size) for image in grey])
     # scikit-learn defines no split. This one is always the same: 1,437 and 360 images, classes in proportion.

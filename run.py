@@ -253,7 +253,7 @@ class Run:
         origin = ", ".join(f"{name} {saved[name]}" for name in names) if saved else "made by another program"
         zeros = f", {self.zeros:,} weights are zero already" if self.zeros else ""
         path, acc = self.args.checkpoint_dir / DENSE, self.checkpoint["acc"]
-        return f"pruning starts from {path} ({origin}): {self.measured} accuracy {acc:.2f} %{zeros}"
+        return utils.printable(f"pruning starts from {path} ({origin}): {self.measured} accuracy {acc:.2f} %{zeros}")
 
     def after_epoch(self, stage: Stage, network: nn.Module, history: list[dict]) -> None:
         """Log an epoch; keep the weights to rewind to."""

@@ -10,7 +10,6 @@ DIR/log.jsonl              one line per epoch
 import contextlib
 import hashlib
 import json
-import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -285,7 +284,7 @@ def fits(state: dict, stage: Stage, network: nn.Module, steps: int) -> bool:
     """Whether a state has every part that engine.fit resumes from, in shapes and numbers that fit."""
 
     def numbers(*values: object) -> bool:
-        return all(type(value) in (int, float) and math.isfinite(value) for value in values)  # type: ignore[arg-type]
+        return all(type(value) in (int, float) and abs(value) < 1e12 for value in values)  # type: ignore[arg-type]
 
     def like(values: object, expected: list[Tensor]) -> bool:
         return (

@@ -498,6 +498,7 @@ DAMAGE = {
     "an epoch has another number": ("history", 0, "epoch", 2),
     "an epoch has no loss": ("history", 0, "loss", None),
     "a loss is nan": ("history", 0, "loss", NAN),
+    "a loss is huge": ("history", 0, "loss", 10**400),
     "an epoch is a list": ("history", 0, [1]),
     "seconds are missing": ("seconds", None),
     "seconds are nan": ("seconds", NAN),
