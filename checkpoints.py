@@ -120,6 +120,8 @@ def _verified(content: bytes) -> io.BytesIO:
     PyTorch itself looks at no checksum. It gets an archive that is written anew from the verified entries, because its
     reader of archives and Python's might disagree about a damaged directory.
     """
+    if b"_codecs\nencode" in content:
+        raise Failure("it asks for _codecs.encode, not just for tensors and plain values")  # it can double in size
     if not content.startswith(b"PK"):
         return io.BytesIO(content)  # the older format of torch.save, or no checkpoint at all
     clean = io.BytesIO()
@@ -130,6 +132,8 @@ def _verified(content: bytes) -> io.BytesIO:
                 raise Failure("its entries are compressed, which torch.save never does")
             if len({entry.filename for entry in entries}) < len(entries):
                 raise Failure("damaged: two entries have the same name")
+            if sum(entry.file_size for entry in entries) > len(content):
+                raise Failure("damaged: its entries overlap")
             for entry in entries:
                 copy.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))  # reading verifies the checksum
     except (
@@ -187,10 +191,35 @@ def load_checkpoint(path: Path) -> dict:
     return checked
 
 
+def is_plain(value: object) -> bool:
+    """Whether a value is an ordinary tensor on the CPU."""
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter) or value.is_nested:
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES
+
+
+def plain_settings(settings: object) -> bool:
+    """Whether settings from a file are names with texts and numbers."""
+    return isinstance(settings, dict) and all(
+        isinstance(name, str) and name.isprintable() and isinstance(value, (str, int, float))
+        for name, value in settings.items()
+    )
+
+
+def same_form(net: dict, expected: dict[str, Tensor]) -> bool:
+    """Whether a state_dict has names, shapes and types as expected, finite values, and no variance below zero."""
+    return list(net) == list(expected) and all(
+        is_plain(net[name])
+        and (net[name].shape, net[name].dtype) == (value.shape, value.dtype)
+        and bool(net[name].isfinite().all())
+        and not (name.endswith("running_var") and bool((net[name] < 0).any()))
+        for name, value in expected.items()
+    )
+
+
 def _check_form(path: Path, name: str, value: Tensor) -> None:
     """Failure unless a value is an ordinary tensor on the CPU that is as large as the memory it came with."""
-    plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.layout == torch.strided
-    if not plain or value.device.type != "cpu" or value.dtype not in DTYPES:
+    if not is_plain(value):
         raise Failure(f"{path} has {name} in a form that is not a plain tensor")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise Failure(f"{path} has {name} in a form that claims more values than the file holds")
@@ -199,6 +228,11 @@ def _check_form(path: Path, name: str, value: Tensor) -> None:
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 NUMBERS = ("acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss", "format")
 TEXTS = ("arch", "dataset", "parent", "mode", "allocation", "retrain", "dense", "teacher", "exclude")
+CHOICES = {
+    "mode": ("single", "iter"),
+    "allocation": ("", *pruning.ALLOCATIONS),
+    "retrain": ("distilled", "plain", "adaptive"),  # the last one in files of earlier versions
+}
 WHOLE = ("image_size", "rewind", "epochs", "seed")
 
 
@@ -226,8 +260,8 @@ def _checked_metadata(path: Path, checkpoint: dict) -> dict:
         # The accuracy of a packed network before rounding is not that of the rounded one.
         good = isinstance(settings, dict) and ("acc" in found or "dtype" in checkpoint) and "zeros" in found
         good = good and {"arch", "dataset", "image_size"} <= set(settings)
-        good = good and all(isinstance(name, str) and name.isprintable() for name in settings)
-        good = good and all(isinstance(value, (str, int, float)) for value in settings.values())
+        good = good and plain_settings(settings)
+        good = good and all(settings.get(name, values[0]) in values for name, values in CHOICES.items())
         kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(WHOLE, int) | {"val_fraction": float, "sparsity": float}
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
         good = good and all(0 <= settings.get(name, 0) < 1 for name in ("sparsity", "val_fraction"))

@@ -132,7 +132,7 @@ def recipes(args: argparse.Namespace) -> tuple[Recipe, Recipe]:
 def one_shot(run: Run, sparsity: float | None) -> Stage:
     """Prune the dense network at once, retrain. Without a sparsity it is the control: nothing is pruned."""
     _, retrain = recipes(run.args)
-    zeros = run.zeros if sparsity is None else round(sparsity * run.weights)
+    zeros = run.all_zeros if sparsity is None else round(sparsity * run.weights)
     name = report.file_name("single", sparsity, run.args)
     epochs, control = run.args.retrain_epochs, sparsity is None
     settings = {"mode": "single", "sparsity": sparsity or 0.0, "retrain_epochs": epochs}
@@ -144,7 +144,7 @@ def iterative(run: Run, sparsity: float, control: bool = False) -> Stage:
     args, (step, retrain) = run.args, recipes(run.args)
     network = run.dense
     for level, zeros in enumerate(pruning.schedule(run.weights, sparsity, args.step, run.zeros), 1):
-        zeros = run.zeros if control else zeros
+        zeros = run.all_zeros if control else zeros
         name = f"level {level}, {zeros} zeros"
         settings = {"level": level, "step_epochs": args.step_epochs}
         network = run.stage(name, network, zeros, args.step_epochs, step, control=control, **settings)

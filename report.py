@@ -68,20 +68,20 @@ def plan(run: Run, targets: list[Stage]) -> str:
     rows: list[list] = []
     hours = 0.0
     seconds = {True: 0.0, False: 0.0}
-    stages = [run.dense] if run.args.pr else []
-    for stage in [*stages, *(stage for target in targets for stage in target.ancestors())]:
-        needed = any(stage in directory.unfinished(target) for target in targets)
+    dense = run.dense if run.args.pr else None  # it is never forced when pruning starts from it
+    for stage in [*([dense] if dense else []), *(stage for target in targets for stage in target.ancestors())]:
+        needed = run.args.force or any(stage in directory.unfinished(target) for target in targets)
         if stage.identity in seen or (stage.is_level and not needed):
             continue
         seen.add(stage.identity)
-        if directory.file(stage).exists():
+        forced = run.args.force and stage is not dense
+        if directory.file(stage).exists() and not forced:
             rows.append([stage.name, "finished", 0, None])
             continue
-        state = directory.state_file(stage)
-        done = directory.epochs_done(stage)
+        done = 0 if forced else directory.epochs_done(stage)
         distilled = bool(stage.parent) and run.args.retrain == "distilled"
         seconds[distilled] = seconds[distilled] or run.seconds_per_epoch(distilled)
-        rows.append([stage.name, f"resumes after epoch {done}" if state.exists() else "to make", stage.epochs - done])
+        rows.append([stage.name, f"resumes after epoch {done}" if done else "to make", stage.epochs - done])
         rows[-1].append((stage.epochs - done) * seconds[distilled] / 3600)
         hours += rows[-1][-1]
     rows.append(["all", "", sum(row[2] for row in rows), hours])
@@ -251,13 +251,14 @@ def write_seeds(tables: list[list[Row]], directory: Path) -> str:
         shown += [row for row in rows if row.file.endswith(".pth") or row.file.replace(".packed", ".pth") not in files]
     checkpoints.write(directory / "seeds.png", figure(shown, "drop"))
     headers = {name: name.replace(" ", "\n") for name in lines[0]}
-    return tabulate.tabulate(lines, headers, floatfmt=".2f", missingval="-")
+    shown_lines = [line | {"model": printable(str(line["model"]))} for line in lines]
+    return tabulate.tabulate(shown_lines, headers, floatfmt=".2f", missingval="-")
 
 
 def layer_tables(layers: dict[str, dict[str, tuple[int, int]]], macs: dict[str, dict[str, tuple[int, int]]]) -> str:
     """Two tables with a row for each layer and a column for each checkpoint: sparsity in percent, and millions of
     nonzero MACs, after a column of dense MACs."""
-    files = [file.removesuffix("_ckpt.pth").replace("percent_", "%\n") for file in layers]
+    files = [printable(file).removesuffix("_ckpt.pth").replace("percent_", "%\n") for file in layers]
     names = dict.fromkeys(name for columns in layers.values() for name in columns)
     rows, mac_rows = [], []
     for name in names:
@@ -308,7 +309,7 @@ def figure(rows: list[Row], y: str = "accuracy") -> bytes:
     panels[1].invert_xaxis()
     for axis in panels[1].xaxis.set_major_formatter, panels[1].xaxis.set_minor_formatter:
         axis("{x:g}")
-    canvas.suptitle(f"{rows[0].arch} on {rows[0].dataset}", parse_math=False)
+    canvas.suptitle(printable(f"{rows[0].arch} on {rows[0].dataset}"), parse_math=False)
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend()
     image = io.BytesIO()

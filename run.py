@@ -30,7 +30,7 @@ class Run:
     """What the stages of one command share: images, device, settings, the dense network.
 
     `checkpoint` is that of ckpt.pth when the command prunes it, None until it exists. `weights` counts the weights
-    that pruning may zero, `zeros` those that are zero in the dense network.
+    that pruning may zero, `zeros` those of them that are zero in the dense network, `all_zeros` those of all layers.
     """
 
     def __init__(self, args: argparse.Namespace, images: data.Dataset, device: torch.device):
@@ -53,7 +53,7 @@ class Run:
         self.checkpoint: dict | None = None
         self.digest = ""  # of the weights of ckpt.pth
         self.early: dict[str, Tensor] | None = None
-        self.zeros = 0
+        self.zeros, self.all_zeros = 0, 0
         self.epochs_left = 0
         with torch.device("meta"):
             network = models.build(args.arch, len(images.classes))
@@ -120,8 +120,11 @@ class Run:
             self.checkpoint = checkpoints.load_checkpoint(path)
             check_experiment(path, self.checkpoint, self.settings)
             self.digest = checkpoints.digest(self.checkpoint["net"])
-            layers = pruning.count_zeros(checkpoints.build_network(self.checkpoint), self.args.exclude)
-            self.zeros = sum(zeros for zeros, _ in layers.values())
+            network = checkpoints.build_network(self.checkpoint)
+            self.zeros, self.all_zeros = (
+                sum(zeros for zeros, _ in pruning.count_zeros(network, exclude).values())
+                for exclude in (self.args.exclude, ())
+            )
 
     def check_zeros(self, targets: list[Stage]) -> None:
         """Failure when the dense network has more zeros than asked for, or has them in the wrong layers."""
@@ -156,24 +159,22 @@ class Run:
         if self.checkpoint or (path.exists() and not force):
             settings = (self.checkpoint or checkpoints.load_checkpoint(path)).get("settings")
             advice = f"main.py --rewind {self.args.rewind} --force, without -pr, trains the dense network again"
-        elif state.exists() and not force and self.directory.epochs_done(self.dense) >= self.args.rewind:
+        elif (
+            state.exists()
+            and (self.args.pr or not force)
+            and self.directory.epochs_done(self.dense) >= self.args.rewind
+        ):
             settings, advice = self.dense.settings, f"delete {state} to start the dense training again"
         else:
             return  # the dense training will write them
         if not self.early_path.exists():
             raise Failure(f"{self.early_path}, the weights to rewind to, is missing: {advice}")
         early = checkpoints.load(self.early_path)
-        net = early.get("net") if isinstance(early, dict) and early.get("settings") == settings else None
+        good = isinstance(early, dict) and checkpoints.plain_settings(early.get("settings"))
+        net = early.get("net") if isinstance(early, dict) and good and early["settings"] == settings else None
         with torch.device("meta"):
             expected = models.build(self.args.arch, len(self.images.classes)).state_dict()
-        if (
-            not isinstance(net, dict)
-            or not net.keys() == expected.keys()
-            or not all(
-                isinstance(net[name], Tensor) and net[name].shape == value.shape and net[name].isfinite().all()
-                for name, value in expected.items()
-            )
-        ):
+        if not isinstance(net, dict) or not checkpoints.same_form(net, expected):
             raise Failure(f"{self.early_path} is not of the training of {DENSE}: {advice}")
         self.early = net
 

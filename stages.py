@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,11 +141,15 @@ class Directory:
         if not path.is_file():
             raise Failure(f"{path} is not a regular file")
         try:
+            with zipfile.ZipFile(path) as archive:
+                pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+                if any(b"_codecs\nencode" in archive.read(name) for name in pickled):
+                    raise Failure("a value that can double in size")
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # torch's reader raises many kinds of error on damaged bytes
             saved = None
-        good = isinstance(saved, dict) and all(isinstance(saved.get(part), dict) for part in ("settings", "state"))
-        if not isinstance(saved, dict) or not good:
+        good = isinstance(saved, dict) and isinstance(saved.get("state"), dict)
+        if not isinstance(saved, dict) or not good or not checkpoints.plain_settings(saved.get("settings")):
             raise Failure(f"{path} is damaged: delete it to start this stage again")
         return saved
 
@@ -233,9 +238,15 @@ class Directory:
         if stage.parent is None:
             return None
         path = self.file(stage.parent)
-        checkpoint = checkpoints.load_checkpoint(path)
-        if stage.parent.is_level and checkpoint.get("settings") != stage.parent.settings:
-            raise Failure(f"{path} is not the level that its name says: delete it")
+        if not stage.parent.is_level:
+            return checkpoints.load_checkpoint(path)
+        try:
+            checkpoint = checkpoints.load_checkpoint(path)
+        except Failure as failure:
+            raise Failure(f"{failure}: delete it, and it is made again") from None
+        history = checkpoint.get("history")
+        if checkpoint.get("settings") != stage.parent.settings or not isinstance(history, list) or not history:
+            raise Failure(f"{path} is not the level that its name says: delete it, and it is made again")
         return checkpoint
 
     def load_state(self, stage: Stage, network: nn.Module, steps: int) -> dict | None:
@@ -253,6 +264,8 @@ class Directory:
             raise Failure(f"{failure}: {advice}") from None
         state = saved.get("state") if isinstance(saved, dict) else None
         if not isinstance(saved, dict) or not isinstance(state, dict) or not fits(state, stage, network, steps):
+            raise Failure(f"{path} is damaged: {advice}")
+        if not checkpoints.plain_settings(saved.get("settings")):
             raise Failure(f"{path} is damaged: {advice}")
         if saved.get("settings") != stage.settings:
             raise Failure(f"{path} was made with other settings: {advice}")
@@ -291,7 +304,7 @@ def fits(state: dict, stage: Stage, network: nn.Module, steps: int) -> bool:
             isinstance(values, list)
             and len(values) == len(expected)
             and all(
-                isinstance(value, Tensor)
+                checkpoints.is_plain(value)
                 and (value.shape, value.dtype) == (wanted.shape, wanted.dtype)
                 and bool(value.isfinite().all())
                 for value, wanted in zip(values, expected)
@@ -305,17 +318,22 @@ def fits(state: dict, stage: Stage, network: nn.Module, steps: int) -> bool:
     wanted, accuracy = network.state_dict(), state.get("pruned_acc")
     entries = [entry if isinstance(entry, dict) else {} for entry in history]
     names = ("lr", "loss", "accuracy", "seconds")
+    if any(set(entry) != {"epoch", *names} or type(entry["epoch"]) is not int for entry in entries):
+        return False
+    sums, seconds = state.get("sums", torch.zeros(0)), state.get("seconds", -1)
     return (
         0 <= epoch <= stage.epochs
         and 0 <= step <= (steps if epoch < stage.epochs else 0)
         and epoch + step > 0
         and [entry.get("epoch") for entry in entries] == list(range(1, epoch + 1))
         and all(numbers(*(entry.get(name) for name in names)) for entry in entries)
-        and numbers(state.get("seconds"))
-        and list(net) == list(wanted)
-        and like(list(net.values()), list(wanted.values()))
+        and numbers(seconds)
+        and seconds >= 0
+        and checkpoints.same_form(net, {name: value.cpu() for name, value in wanted.items()})
         and like(state.get("momentum"), weights)
-        and like([state.get("sums")], [torch.zeros(3, dtype=torch.float64)])
+        and like([sums], [torch.zeros(3, dtype=torch.float64)])
+        and bool(sums[0] >= 0 and 0 <= sums[1] <= sums[2])
+        and bool(sums[2] > 0) == (step > 0)
         and (not stage.recipe.ema or like(state.get("ema"), weights))
         and (numbers(accuracy) if stage.parent else accuracy is None)
     )

@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {printable(' '.join(message.split()))}\n")
 
 
 def number(kind: type, accept: Callable[[float], bool], what: str) -> Callable[[str], float]:
@@ -137,12 +137,17 @@ def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> Non
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and end the process as a command should: one line and an exit code in place of a traceback."""
     program = os.path.basename(sys.argv[0])
+    if sys.stdout is None:  # closed by whoever started the program
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # lines of progress should reach a file at once
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         sys.exit(main())
     except Failure as failure:
         line, code = str(failure), failure.code
+    except BrokenPipeError:
+        line, code = "standard output was closed", 1
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing can be flushed to the old one
     except OSError as error:
         line, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except torch.OutOfMemoryError:

@@ -43,6 +43,7 @@ BAD = [
     ),
     (("--batch-size", str(2**63 - 1)), f"--batch-size: '{2**63 - 1}' is not a whole number from 1 to 1,000,000"),
     (("-pr", "0.5", *ITER, "--final-epochs", "1" + "0" * 400), "is not a whole number from 1 to 1,000,000"),
+    (("foo\nbar\x1b[31m",), "unrecognized arguments: foo bar\\x1b[31m"),
     (("--checkpoint-dir", ""), "argument --checkpoint-dir: an empty name is not a directory"),
     (("--dataset", "cifar10", "--image-size", "1024"), "60,000 images of --image-size 1024 need "),
     (("--dataset", "nowhere"), "--dataset nowhere is neither cifar10, cifar100 or digits nor a folder"),

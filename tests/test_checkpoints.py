@@ -1,13 +1,16 @@
 """Checkpoints: both directions with pytorch-cifar, whole or not at all, and nothing runs when they are read."""
 
+import codecs
 import copy
 import errno
 import os
 import pickle
 import random
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -262,6 +265,10 @@ BAD_FILES = {
         f"image size {size}": (with_settings(image_size=size), BAD_SETTINGS)
         for size in (0, -4, 15, 1025, 10**9, 10**400)
     },
+    **{
+        f"{name} is unknown": (with_settings(**{name: "$\\bad{$"}), BAD_SETTINGS)
+        for name in ("mode", "allocation", "retrain")
+    },
     "excluded layers are a number": (with_settings(exclude=3), BAD_SETTINGS),
     "excluded layers are unknown": (with_settings(exclude="nowhere"), "no convolution or linear layer nowhere"),
     "overflow": (changed(bn1__weight=torch.full((16,), 1e300, dtype=torch.float64)), "bn1.weight that are not finite"),
@@ -397,6 +404,43 @@ def test_a_damaged_directory_of_an_archive_loses_no_content(tmp_path):
         place += 46 + sum(lengths)
     path.write_bytes(damaged)
     assert checkpoints.digest(checkpoints.load_checkpoint(path)["net"]) == expected
+
+
+def test_entries_that_overlap_are_refused(tmp_path):
+    """Each names the bytes of the next one, too: a small file that would be large in memory."""
+    content, directory = b"", b""
+    for number in range(30):
+        inner, name = content, f"archive/data/{number}".encode()
+        crc, size = zlib.crc32(inner), len(inner)
+        fields = struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, crc, size, size, len(name), 0)
+        content = b"PK\x03\x04" + fields + name + inner
+    start = 0
+    for number in reversed(range(30)):
+        name = f"archive/data/{number}".encode()
+        size = len(content) - start - 30 - len(name)
+        crc = zlib.crc32(content[start + 30 + len(name) :])
+        fields = struct.pack("<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, start)
+        directory += b"PK\x01\x02" + fields + name
+        start += 30 + len(name)
+    end = struct.pack("<HHHHIIH", 0, 0, 30, 30, len(directory), len(content), 0)
+    (tmp_path / "x.pth").write_bytes(content + directory + b"PK\x05\x06" + end)
+    refused(tmp_path / "x.pth", "damaged: (its entries overlap|Overlapped entries)")
+
+
+class Doubling:
+    """A value that PyTorch's reader would compute: each level is twice as long as the one in it."""
+
+    def __init__(self, inner: object):
+        self.inner = inner
+
+    def __reduce__(self):
+        return codecs.encode, (self.inner, "hex")
+
+
+def test_values_that_double_in_size_are_refused(tmp_path):
+    value = Doubling(b"x")
+    torch.save({"net": value}, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", r"it asks for _codecs\.encode")
 
 
 def test_compressed_entries_are_refused(tmp_path):

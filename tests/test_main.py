@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -361,6 +363,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(experiment, line, tmp_path
     assert sum(name.startswith("level ") for name in plan) == 6
     assert plan["all"][0] == "10"  # 2 epochs one-shot, 6 levels of one, 2 final trainings of one
     assert not (tmp_path / "new").exists()
+    forced = succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--dry-run", "--force")
+    assert re.search(r"ckpt\.pth +finished", forced) and re.search(r"50percent_single_ckpt\.pth +to make +2 ", forced)
     other = [tmp_path / "new" if part == tmp_path else part for part in line]
     assert "to make" in succeed("main.py", *other, "--dry-run")
     assert not (tmp_path / "new").exists()
@@ -434,6 +438,20 @@ def test_a_deterministic_run_on_a_gpu_resumes_to_the_same_bytes(images, tmp_path
     finally:
         torch.use_deterministic_algorithms(False)
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_a_run_does_not_need_standard_output(line, tmp_path, experiment):
+    """Closed, as by a service manager; or closed in the middle, as by `head`."""
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, line), "-pr", "0.5", "-shot", "single"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    name = "50percent_single_ckpt.pth"
+    assert (tmp_path / name).read_bytes() == (experiment[0] / name).read_bytes()
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "main.py: standard output was closed\n")
 
 
 def test_the_first_lines_say_how_much_there_is_to_do(line):

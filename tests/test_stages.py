@@ -478,6 +478,14 @@ DAMAGE = {
     "a weight is nan": ("net", "bn1.weight", torch.full((16,), NAN)),
     "a weight is a number": ("net", "bn1.weight", 3),
     "net is a list": ("net", [1]),
+    "a weight has no values": ("net", "bn1.weight", torch.zeros(16, device="meta")),
+    "a weight is sparse": ("net", "bn1.weight", torch.zeros(16).to_sparse()),
+    "a variance is negative": ("net", "bn1.running_var", torch.full((16,), -1.0)),
+    "more answers are correct than there are images": ("sums", torch.tensor([0, 5, 3], dtype=torch.float64)),
+    "no images were seen": ("sums", torch.zeros(3, dtype=torch.float64)),
+    "seconds are negative": ("seconds", -1e9),
+    "an epoch is a tensor": ("history", 0, "epoch", torch.ones(2)),
+    "an epoch has another entry": ("history", 0, "x", torch.ones(2)),
     "momentum is short": ("momentum", 0, None),
     "momentum has another shape": ("momentum", 0, torch.zeros(3)),
     "momentum is a number": ("momentum", 3),
@@ -533,6 +541,92 @@ def test_a_state_that_does_not_fit_is_named_and_left_alone(setting, interrupted,
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr == f"main.py: {state} is damaged: delete it to start this stage again\n"
     assert state.read_bytes() == before
+
+
+def test_settings_of_a_state_are_texts_and_numbers(setting, interrupted, tmp_path):
+    folder, name = interrupted
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "resume" / name
+    saved = torch.load(state, weights_only=True)
+    checkpoints.save(state, saved | {"settings": saved["settings"] | {"lr": torch.zeros(2)}})
+    done = call("main.py", *setting[0], "--checkpoint-dir", tmp_path, "-pr", "0.5", "-shot", "single")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{state} is damaged: delete it" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["settings", "variance", "no values", "a bit"])
+def test_early_weights_are_checked_before_any_work(setting, tmp_path, damage):
+    line, _ = setting
+    command = (*line, "--checkpoint-dir", tmp_path)
+    succeed("main.py", *command, "--rewind", "1")
+    path = tmp_path / "ckpt_epoch1.pt"
+    early = torch.load(path, weights_only=True)
+    changes = {
+        "settings": {"settings": early["settings"] | {"lr": torch.zeros(2)}},
+        "variance": {"net": early["net"] | {"bn1.running_var": torch.full((16,), -1.0)}},
+        "no values": {"net": early["net"] | {"bn1.weight": torch.zeros(16, device="meta")}},
+    }
+    if damage == "a bit":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        torch.save(early | changes[damage], path)
+    done = call("main.py", *command, "--rewind", "1", "-pr", "0.5", "-shot", "iter")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert str(path) in done.stderr
+
+
+def test_force_does_not_set_results_aside_when_the_early_weights_are_missing(setting, tmp_path, monkeypatch):
+    """The dense training that is to be resumed is past the epoch and of another seed than the early weights."""
+    line, whole = setting
+    command = (*line, "--rewind", "1", "--checkpoint-dir", tmp_path)
+    succeed("main.py", *command)
+    interrupt(monkeypatch, 3 + 2, *command, "--seed", "1", "--force")
+    early = torch.load(tmp_path / "ckpt_epoch1.pt", weights_only=True)
+    checkpoints.save(tmp_path / "ckpt_epoch1.pt", early | {"settings": early["settings"] | {"seed": 0}})
+    name = "50percent_iter_rewind1_ckpt.pth"
+    (tmp_path / name).write_bytes(whole[name])
+    before = contents(tmp_path)
+    done = call("main.py", *command, "--seed", "1", "-pr", "0.5", "-shot", "iter", "--force")
+    assert done.returncode == 2 and "ckpt_epoch1.pt is not of the training of ckpt.pth" in done.stderr
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["a bit", "no history"])
+def test_a_damaged_level_is_named_before_it_is_trained_from(setting, tmp_path, monkeypatch, damage):
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    command = (*line, "-pr", "0.8", "-shot", "iter", "--checkpoint-dir", tmp_path)
+    interrupt(monkeypatch, 5 + 2, *command)
+    [level] = (tmp_path / "levels").iterdir()
+    if damage == "a bit":
+        content = bytearray(level.read_bytes())
+        content[len(content) // 2] ^= 1
+        level.write_bytes(content)
+    else:
+        saved = torch.load(level, weights_only=True)
+        del saved["history"]
+        checkpoints.save(level, saved)
+    done = call("main.py", *command)
+    assert done.returncode == 2 and str(level) in done.stderr
+    assert done.stderr.endswith(": delete it, and it is made again\n")
+    level.unlink()
+    succeed("main.py", *command)
+    assert contents(tmp_path).items() <= whole.items()
+
+
+def test_a_control_does_not_depend_on_excluded_layers(setting, tmp_path):
+    """It keeps the zeros of all layers, whatever the pruned networks exclude."""
+    line, whole = setting
+    (tmp_path / "ckpt.pth").write_bytes(whole["ckpt.pth"])
+    net = checkpoints.load_checkpoint(tmp_path / "ckpt.pth")["net"]
+    net["linear.weight"][0, :20] = 0.0
+    torch.save({"net": net, "acc": 90.0, "epoch": 1}, tmp_path / "ckpt.pth")
+    command = (*line, "-shot", "single", "--control", "--checkpoint-dir", tmp_path)
+    succeed("main.py", *command, "-pr", "0.5")
+    succeed("main.py", *command, "-pr", "0.6", "--exclude", "linear")
+    assert torch.load(tmp_path / "control_single_ckpt.pth", weights_only=True)["zeros"] == 20
 
 
 def test_a_flipped_bit_in_a_state_is_noticed_or_changes_nothing(setting, interrupted, tmp_path):
