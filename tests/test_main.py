@@ -443,13 +443,14 @@ def test_a_deterministic_run_on_a_gpu_resumes_to_the_same_bytes(images, tmp_path
 def test_a_run_does_not_need_standard_output(line, tmp_path, experiment):
     """Closed, as by a service manager; or closed in the middle, as by `head`."""
     command = [sys.executable, str(ROOT / "main.py"), *map(str, line), "-pr", "0.5", "-shot", "single"]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    more = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], **more)
     assert (done.returncode, done.stderr) == (0, "")
     name = "50percent_single_ckpt.pth"
     assert (tmp_path / name).read_bytes() == (experiment[0] / name).read_bytes()
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=write, **more)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "main.py: standard output was closed\n")
 

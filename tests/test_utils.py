@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        ("positive_int", {"1": 1, "200": 200}, ["0", "-3", "1.5", "many", ""]),
+        ("count", {"1": 1, "200": 200, "1000000": 10**6}, ["0", "-3", "1.5", "many", "", "1000001"]),
         ("positive_float", {"0.1": 0.1, "3": 3.0, "1e-9": 1e-9}, ["0", "-0.1", "nan", "inf", "fast"]),
         ("fraction", {"0.11": 0.11}, ["0", "1", "-0.1", "nan"]),
         ("fraction_or_zero", {"0": 0.0, "0.25": 0.25}, ["1", "-0.1", "nan"]),
@@ -49,11 +49,11 @@ def test_a_sparsity_has_no_more_digits_than_a_file_name_carries(text):
 
 def test_errors_take_one_line_and_abbreviations_are_refused(capsys):
     parser = utils.Parser(prog="main.py")
-    parser.add_argument("--epochs", type=utils.positive_int, default=200, help="how many")
+    parser.add_argument("--epochs", type=utils.count, default=200, help="how many")
     parser.add_argument("--force", action="store_true", help="do it")
     for arguments, message in (
         (["--epoch", "3"], "main.py: unrecognized arguments: --epoch 3\n"),
-        (["--epochs", "0"], "main.py: argument --epochs: '0' is not a whole number above 0\n"),
+        (["--epochs", "0"], "main.py: argument --epochs: '0' is not a whole number from 1 to 1,000,000\n"),
     ):
         with pytest.raises(SystemExit) as end:
             parser.parse_args(arguments)
@@ -82,7 +82,11 @@ def raised(error: BaseException):
         (utils.Failure("the disk is full", code=1), "the disk is full", 1),
         (FileNotFoundError(2, "No such file or directory", "x"), "x: No such file or directory", 2),
         (OSError("odd"), "a file: odd", 2),
-        (torch.OutOfMemoryError("CUDA"), "the GPU has too little memory: try a smaller --batch-size", 1),
+        (
+            torch.OutOfMemoryError("CUDA"),
+            "the GPU has too little memory: try a smaller --batch-size or --image-size",
+            1,
+        ),
         (utils.Interrupted("stopped"), "stopped", 128 + signal.SIGTERM),
     ],
 )
