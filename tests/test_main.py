@@ -440,6 +440,7 @@ def test_a_deterministic_run_on_a_gpu_resumes_to_the_same_bytes(images, tmp_path
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_need_standard_output(line, tmp_path, experiment):
     """Closed, as by a service manager; or closed in the middle, as by `head`."""
     command = [sys.executable, str(ROOT / "main.py"), *map(str, line), "-pr", "0.5", "-shot", "single"]

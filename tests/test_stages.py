@@ -527,6 +527,7 @@ def interrupted(setting, tmp_path_factory):
     return folder, state.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_state_that_does_not_fit_is_named_and_left_alone(setting, interrupted, tmp_path, damage):
     folder, name = interrupted
@@ -593,6 +594,7 @@ def test_force_does_not_set_results_aside_when_the_early_weights_are_missing(set
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["a bit", "no history"])
 def test_a_damaged_level_is_named_before_it_is_trained_from(setting, tmp_path, monkeypatch, damage):
     line, whole = setting
@@ -629,6 +631,7 @@ def test_a_control_does_not_depend_on_excluded_layers(setting, tmp_path):
     assert torch.load(tmp_path / "control_single_ckpt.pth", weights_only=True)["zeros"] == 20
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_state_is_noticed_or_changes_nothing(setting, interrupted, tmp_path):
     line, whole = setting
     folder, name = interrupted

@@ -27,6 +27,9 @@ def no_compiler(*_arguments, **_options):
     raise RuntimeError("no compiler\nwas found")
 
 
+pytestmark = pytest.mark.slow  # the fixture packs and times two networks
+
+
 @pytest.fixture(scope="module")
 def deployed(images, tmp_path_factory) -> tuple[Path, str]:
     """The directory of a dense and a pruned network after deploy.py, and what it printed."""

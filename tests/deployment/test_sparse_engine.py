@@ -26,6 +26,8 @@ LANES = lanes_of_this_cpu()
 OTHER_LANES = pytest.param(24 - LANES, marks=pytest.mark.slow)
 THREADS = min(2, usable_processors())
 
+pytestmark = pytest.mark.slow  # Numba compiles the loops for ten seconds
+
 
 @torch.no_grad()
 def assert_same(sparse: Engine, network: torch.nn.Module, count: int, size: int | tuple[int, int] = 16) -> None:
