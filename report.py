@@ -194,11 +194,15 @@ def margin(correct: int, images: int) -> float:
     return z * math.sqrt(share * (1 - share) / images + (z / images / 2) ** 2) / (1 + z**2 / images)
 
 
-def write(rows: list[Row], directory: Path) -> str:
-    """Write results.csv and results.png; return the table."""
+def write(rows: list[Row], directory: Path) -> None:
+    """Write results.csv and results.png."""
     write_csv(directory / "results.csv", [asdict(row) for row in rows])
     checkpoints.write(directory / "results.png", figure(rows))
-    table = [
+
+
+def table(rows: list[Row]) -> str:
+    """The table for the terminal, at most 120 characters wide."""
+    lines = [
         {
             "model": printable(row.file) if len(row.file) < 27 else printable(row.file).replace("_ckpt", "_\nckpt"),
             "asked %": row.sparsity_asked,
@@ -216,11 +220,11 @@ def write(rows: list[Row], directory: Path) -> str:
         }
         for row in rows
     ]
-    tabulate.MIN_PADDING = 0  # the table must fit into 120 characters
-    headers = {name: name.replace(" ", "\n") for name in table[0]}
+    tabulate.MIN_PADDING = 0
+    headers = {name: name.replace(" ", "\n") for name in lines[0]}
     text_columns = [2, 4, 10]
     return tabulate.tabulate(
-        table, headers, floatfmt=".2f", missingval="-", disable_numparse=text_columns, stralign="right"
+        lines, headers, floatfmt=".2f", missingval="-", disable_numparse=text_columns, stralign="right"
     )
 
 

@@ -3,6 +3,7 @@
     python test.py                          the table, results.csv and results.png of checkpoint/
     python test.py --layers                 also sparsity and MACs of each layer
     python test.py --checkpoint-dir a b c   of each, and mean and deviation over them: one directory per seed
+    python test.py net.pth net.safetensors  of files of any name, for which nothing is written
 
 Nothing in a file is believed: zeros are counted and the accuracy is measured on the whole test set. A file that cannot
 be read, or that contradicts what is found, is named, and the exit code is 1.
@@ -31,21 +32,30 @@ import utils
 from report import RESULT_NAME, Row
 from stages import DENSE
 
+FOREIGN_SUFFIXES = (".pt", ".tar", ".bin", ".ckpt", ".safetensors")  # of other people's checkpoints
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description="Reload every checkpoint of a directory and report sparsity and accuracy.")
     parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="checkpoint files to measure in place of a directory"
+    )
+    parser.add_argument(
         "--checkpoint-dir",
         type=utils.directory,
         nargs="+",
-        default=[Path("checkpoint")],
         metavar="DIR",
-        help="what to report; over several, runs with other seeds, also mean and standard deviation",
+        help="what to report (default: checkpoint); over several, runs with other seeds, also mean and deviation",
     )
     parser.add_argument("--layers", action="store_true", help="also print sparsity and MACs of each layer")
     utils.add_data_arguments(parser, None, None)
     utils.add_device_arguments(parser, "of the measurement; auto is fp32, in which main.py measures too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.files and args.checkpoint_dir:
+        parser.error("name files or --checkpoint-dir, not both")
+    if directories := [path for path in args.files if path.is_dir()]:
+        parser.error(f"{directories[0]} is a directory: --checkpoint-dir {directories[0]}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     device = utils.choose_device(args.device)
     utils.set_up(device, args.deterministic)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    directories = list({path.resolve(): path for path in args.checkpoint_dir}.values())
-    found = [read_all(directory) for directory in directories]
+    directories = list({path.resolve(): path for path in args.checkpoint_dir or [Path("checkpoint")]}.values())
+    found = [read(args.files)] if args.files else [read(files_of(directory)) for directory in directories]
     everything = {path: checkpoint for networks, _ in found for path, checkpoint in networks.items()}
     if not everything:
         return complain([problem for _, problems in found for problem in problems])
@@ -65,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{utils.printable(str(directory))}:")
         wrong = list(unreadable)
         try:
-            tables.append(report_directory(directory, networks, images, device, dtype, args.layers, wrong))
+            tables.append(measure(networks, images, device, dtype, args.layers, wrong))
+            if tables[-1] and not args.files:
+                report.write(tables[-1], directory)
         finally:
             complain(wrong)
         problems += wrong
@@ -75,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def report_directory(
-    directory: Path,
+def measure(
     networks: dict[Path, dict],
     images: data.Dataset,
     device: torch.device,
@@ -84,7 +95,7 @@ def report_directory(
     with_layers: bool,
     problems: list[str],
 ) -> list[Row]:
-    """Measure the checkpoints of a directory, print and write their table; a row for each. Adds to `problems`."""
+    """Measure the checkpoints of a directory and print their table; a row for each. Adds to `problems`."""
     rows: list[Row] = []
     layers: dict[str, dict[str, tuple[int, int]]] = {}
     macs: dict[str, dict[str, tuple[int, int]]] = {}
@@ -115,14 +126,14 @@ def report_directory(
         if path.name == DENSE:
             dense, dense_digest = score, checkpoints.digest(checkpoint["net"])
     if rows:
-        print(report.write(rows, directory))
+        print(report.table(rows))
     if rows and with_layers:
         print("\n" + report.layer_tables(layers, macs))
     return rows
 
 
-def read_all(directory: Path) -> tuple[dict[Path, dict], list[str]]:
-    """Every readable checkpoint, the dense one first, then by mode and sparsity; and a line for each other file."""
+def files_of(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, the dense one first, then by mode and sparsity. Failure when it has none."""
     if not directory.is_dir():
         raise utils.Failure(f"--checkpoint-dir {directory} is not a directory")
 
@@ -137,14 +148,31 @@ def read_all(directory: Path) -> tuple[dict[Path, dict], list[str]]:
             path.name,
         )
 
+    def inside(folder: Path) -> list[Path]:
+        return [path for path in folder.iterdir() if path.suffix in (".pth", ".packed")]
+
+    if found := inside(directory):
+        return sorted(found, key=position)
+    below = sorted({path.parent for path in directory.rglob("*ckpt.pth")})
+    others = sorted(path for path in directory.iterdir() if path.suffix in FOREIGN_SUFFIXES)
+    if below:
+        more = f" and {len(below) - 5} more" if len(below) > 5 else ""
+        advice = f"name those below it: --checkpoint-dir {' '.join(map(str, below[:5]))}{more}"
+    elif others:
+        advice = f"name other files on the command line: python test.py {others[0]}"
+    else:
+        advice = "python main.py makes them"
+    raise utils.Failure(f"{directory} holds no checkpoint (*.pth, *.packed): {advice}")
+
+
+def read(paths: list[Path]) -> tuple[dict[Path, dict], list[str]]:
+    """Every readable checkpoint, and a line for each other file."""
     networks, problems = {}, []
-    for path in sorted((path for path in directory.iterdir() if path.suffix in (".pth", ".packed")), key=position):
+    for path in paths:
         try:
             networks[path] = checkpoints.load_checkpoint(path)
         except utils.Failure as failure:
             problems.append(str(failure))
-    if not (networks or problems):
-        raise utils.Failure(f"{directory} holds no checkpoint (*.pth, *.packed): python main.py makes them")
     return networks, problems
 
 

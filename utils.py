@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 
@@ -33,6 +33,49 @@ def printable(text: str) -> str:
 
 class Interrupted(Exception):
     """A signal asked the program to stop. The work so far is saved."""
+
+
+class Output:
+    """Standard output or error, whose reader may leave as `| head -1` does, or which may be closed as by `>&-`.
+
+    Lost while there is work to save, it counts as a signal to stop; lost at other times it raises BrokenPipeError.
+    A stream that is not `needed` loses only its text.
+    """
+
+    def __init__(self, stream: TextIO | None, needed: bool = True):
+        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self.needed = needed
+        if isinstance(stream, io.TextIOWrapper):  # lines of progress should reach a file at once
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.lose(error)
+
+    def lose(self, error: OSError) -> None:
+        """What was not written yet, and all that follows, goes to the null device."""
+        global _signal
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)
+        if self.needed and not _stopping:
+            if isinstance(error, BrokenPipeError):
+                raise error
+            raise Failure(f"standard output cannot be written: {error.strerror}", code=1)
+        if self.needed:
+            _signal = _signal or SIGPIPE
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -137,17 +180,13 @@ def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> Non
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and end the process as a command should: one line and an exit code in place of a traceback."""
     program = os.path.basename(sys.argv[0])
-    if sys.stdout is None:  # closed by whoever started the program
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # lines of progress should reach a file at once
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, needed=False)
     try:
         sys.exit(main())
     except Failure as failure:
         line, code = str(failure), failure.code
     except BrokenPipeError:
-        line, code = "standard output was closed", 1
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nothing can be flushed to the old one
+        sys.exit(128 + SIGPIPE)  # nobody reads any more, so there is nobody to tell
     except OSError as error:
         line, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except torch.OutOfMemoryError:
@@ -262,17 +301,20 @@ def _keep_freed_memory() -> None:
 
 
 _signal = 0
+_stopping = False
+SIGPIPE = 13  # Windows has no name for it
 
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
     """Inside, SIGTERM and Ctrl-C let the current step finish; a second signal ends the process at once."""
-    global _signal
-    _signal = 0
+    global _signal, _stopping
+    _signal, _stopping = 0, True
     before = {number: signal.signal(number, _remember) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
+        _stopping = False
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -68,9 +68,10 @@ def place(tmp_path_factory) -> Path:
     write_images(folder / "images", train=4, test=2)
     shutil.copytree(folder / "images" / "train", folder / "no test" / "train")
     (folder / "file").write_text("hello")
-    for name in ("empty", "text", "other", "more"):
+    for name in ("empty", "text", "other", "more", "foreign"):
         (folder / name).mkdir()
     (folder / "text" / "ckpt.pth").write_text("hello")
+    (folder / "foreign" / "net.safetensors").write_text("hello")
     for name, arch, classes in ("other", "resnet20-projection", 2), ("more", "resnet20", 10):
         net = models.build(arch, classes).state_dict()
         torch.save({"net": net, "acc": 50.0, "epoch": 1}, folder / name / "ckpt.pth")
@@ -118,7 +119,11 @@ def test_as_a_process_it_shows_no_traceback(place, script, arguments, message):
         (("--checkpoint-dir", "nowhere"), "--checkpoint-dir nowhere is not a directory"),
         (("--checkpoint-dir", "file"), "--checkpoint-dir file is not a directory"),
         (("--checkpoint-dir", "empty"), "empty holds no checkpoint (*.pth, *.packed): python main.py makes them"),
-        (("--epochs", "3"), "unrecognized arguments: --epochs 3"),
+        (("--epochs", "3"), "unrecognized arguments: --epochs"),
+        (("other/ckpt.pth", "--checkpoint-dir", "other"), "name files or --checkpoint-dir, not both"),
+        (("other",), "other is a directory: --checkpoint-dir other"),
+        (("--checkpoint-dir", "."), "name those below it: --checkpoint-dir more other"),
+        (("--checkpoint-dir", "foreign"), "name other files on the command line: python test.py foreign/net.s"),
         (("--checkpoint-dir", "other", "--dataset", "nowhere"), "--dataset nowhere is neither"),
     ],
 )

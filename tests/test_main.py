@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -440,20 +441,55 @@ def test_a_deterministic_run_on_a_gpu_resumes_to_the_same_bytes(images, tmp_path
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
+def shell(redirection: str, script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script with redirected streams; those that stay are captured."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
 @pytest.mark.slow
-def test_a_run_does_not_need_standard_output(line, tmp_path, experiment):
-    """Closed, as by a service manager; or closed in the middle, as by `head`."""
-    command = [sys.executable, str(ROOT / "main.py"), *map(str, line), "-pr", "0.5", "-shot", "single"]
-    more = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], **more)
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_a_run_needs_no_stream_that_is_closed(redirection, line, tmp_path, experiment):
+    done = shell(redirection, "main.py", *line, "-pr", "0.5", "-shot", "single")
     assert (done.returncode, done.stderr) == (0, "")
     name = "50percent_single_ckpt.pth"
     assert (tmp_path / name).read_bytes() == (experiment[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_whose_reader_leaves_saves_its_state(images, tmp_path, experiment, broken_pipe):
+    line = (*SMALL, "--dataset", images, "--checkpoint-dir", tmp_path)
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, line)]
+    done = subprocess.run(command, stdout=broken_pipe, stderr=subprocess.PIPE, text=True)
+    message = "main.py: stopped in ckpt.pth, epoch 1 of 2; the same command resumes\n"
+    assert (done.returncode, done.stderr) == (141, message)
+    done = subprocess.run(command, stdout=broken_pipe, stderr=broken_pipe)  # as 2>&1 | head
+    assert done.returncode == 141
+    (state,) = (tmp_path / "resume").iterdir()
+    assert checkpoints.load(state)["state"]["step"] == 2, "one step in each of the two runs"
+    succeed("main.py", *line)
+    assert (tmp_path / "ckpt.pth").read_bytes() == (experiment[0] / "ckpt.pth").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_report_whose_reader_leaves_ends_without_a_word(images, experiment, broken_pipe):
+    command = [sys.executable, str(ROOT / "test.py"), "--checkpoint-dir", experiment[0], "--dataset", images]
+    done = subprocess.run(command, stdout=broken_pipe, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.fixture
+def broken_pipe() -> Iterator[int]:
+    """A pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, **more)
+    yield write
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, "main.py: standard output was closed\n")
 
 
 def test_the_first_lines_say_how_much_there_is_to_do(line):

@@ -212,6 +212,15 @@ def test_bad_files_are_named_and_the_others_reported(folder, images):
     assert "87.5percent_single_" in done.stdout
 
 
+def test_files_of_any_name_are_measured_when_they_are_named_and_nothing_is_written(experiment, images, tmp_path):
+    names = {"ckpt.pth": "net", "50percent_single_ckpt.pth": "best.pth.tar"}
+    for ours, theirs in names.items():
+        shutil.copy(experiment / ours, tmp_path / theirs)
+    printed = succeed("test.py", *(tmp_path / name for name in names.values()), "--dataset", images, "--device", "cpu")
+    assert all(name in printed for name in names.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names.values())
+
+
 @pytest.mark.slow
 def test_several_directories_give_mean_and_standard_deviation(experiment, images, tmp_path):
     folders = [shutil.copytree(experiment, tmp_path / name) for name in "ab"]
