@@ -7,10 +7,10 @@ device that trains: many times faster than one image at a time, with the same di
 import argparse
 import hashlib
 import os
-import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+import cifar
+import image_files
+import memory
 import utils
-from image_files import list_images, read_images, to_pixels
+from pixels import Rendering, read_images, to_pixels
 from utils import Failure, derive_seed, difference
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 NAMES = ("cifar10", "cifar100", "digits")
 PADDING = 4  # black pixels on each side before a random crop
@@ -41,7 +47,8 @@ class Dataset:
 
     `test_identity` is that of the test images alone. `train` is None where only the test images were read.
     `horizontal_flip` says that a flipped image still shows its class, which holds for objects and not for digits.
-    `left_out` describes the files that were not used, and why.
+    `rendering` describes what was decided about all images, and `left_out` the files that were not used, and why.
+    `settings` are what a result depends on beside the identity: the rendering, and what the command line changed.
     """
 
     name: str
@@ -52,8 +59,10 @@ class Dataset:
     horizontal_flip: bool = True
     val_fraction: float = 0.0  # of the training images, held out and measured in place of the test images
     test_identity: str = ""
+    rendering: str = ""
     left_out: str = ""
-    warning: str = ""  # for the user, about the images
+    warnings: tuple[str, ...] = ()  # for the user, about the images
+    settings: dict[str, Any] = field(default_factory=dict)
     held_out_scores: bool = True  # whether accuracies in files of main.py are of the images in `test`
 
     def training_images(self) -> Split:
@@ -63,7 +72,8 @@ class Dataset:
         return self.train
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel over the training images; fractions of full scale."""
+        """Mean and standard deviation of each channel, fractions of full scale: those of the command line, else over
+        the training images."""
         # From exact counts of the 256 values: no rounding, and no copy of the images in floats.
         images = self.training_images().images
         counts = torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(3)])
@@ -76,28 +86,41 @@ class Dataset:
         return mean.float().tolist(), std.float().tolist()
 
     def summary(self) -> str:
-        """One line: how many images of how many classes are used, and what was left out."""
+        """One line: how many images of how many classes are used, and what was left out. Then a line a warning."""
         train, test = len(self.training_images().labels), len(self.test.labels)
         measured = "held-out training" if self.val_fraction else "test"
-        left_out = f"; left out: {self.left_out}" if self.left_out else ""
-        left_out += f"\nwarning: {self.warning}" if self.warning else ""
-        images = f"{train:,} training and {test:,} {measured} images of {len(self.classes)} classes"
-        return utils.printable(f"{self.name}: {images}") + left_out
+        line = f"{self.name}: {train:,} training and {test:,} {measured} images of {len(self.classes)} classes"
+        line += f"; {self.rendering}" if self.rendering else ""
+        line += f"; left out: {self.left_out}" if self.left_out else ""
+        return "\n".join(map(utils.printable, (line, *(f"warning: {warning}" for warning in self.warnings))))
 
 
-def load(name: str, data_dir: Path, image_size: int, val_fraction: float = 0.0, train: bool = True) -> Dataset:
+def load(
+    name: str,
+    data_dir: Path,
+    image_size: int,
+    val_fraction: float = 0.0,
+    train: bool = True,
+    flip: bool = True,
+    rendering: Rendering | None = None,
+) -> Dataset:
     """Load `cifar10`, `cifar100`, `digits`, or a folder with train/<class>/ and test/<class>/ images.
 
     With `val_fraction` that fraction of the training images is held out and takes the place of the test images, which
-    are not used: tune on them. Without `train` a folder needs no train/. Failure says what the user can do.
+    are not used: tune on them. Without `train` a folder needs no train/, and the training images' `rendering` is that
+    of a checkpoint. Without `flip` no training image is mirrored. Failure says what the user can do.
     """
     if name in ("cifar10", "cifar100"):
-        utils.check_memory(3 * 60_000 * image_size**2 * 2, f"60,000 images of --image-size {image_size}")
+        _check_memory(50_000, 10_000, image_size)
         dataset = _cifar(name, data_dir, image_size)
     elif name == "digits":
         dataset = _digits(image_size)
     else:
-        dataset = _folder(Path(name), image_size, ("train", "test") if train or val_fraction else ("test",))
+        parts = ("train", "test") if train or val_fraction else ("test",)
+        dataset = _folder(Path(name), image_size, parts, rendering or Rendering())
+    if dataset.horizontal_flip and not flip:
+        settings = dataset.settings | {"horizontal_flip": False}
+        dataset = replace(dataset, horizontal_flip=False, settings=settings)
     return split_validation(dataset, val_fraction) if val_fraction else dataset
 
 
@@ -113,35 +136,25 @@ def split_validation(dataset: Dataset, fraction: float) -> Dataset:
     return replace(dataset, train=train, test=test, val_fraction=fraction, test_identity=f"held out of {dataset.name}")
 
 
+def _check_memory(train: int, test: int, size: int) -> None:
+    """Failure when so many images, and a padded copy of those for training, do not fit into memory."""
+    needed = 3 * ((train + test) * size**2 + train * (size + 2 * PADDING) ** 2)
+    left = memory.available()
+    if left is not None and needed > left:
+        images = f"{train + test:,} images of --image-size {size}"
+        raise Failure(f"{images} need {needed:,} bytes of memory, and {left:,} are left: try a smaller --image-size")
+
+
 def _cifar(name: str, data_dir: Path, image_size: int) -> Dataset:
-    from torchvision import datasets
-
-    kind, archive, unpacked = {
-        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz", "cifar-10-batches-py"),
-        "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz", "cifar-100-python"),
-    }[name]
-    existed = data_dir.exists()
-    there = [path for path in (data_dir / archive, data_dir / unpacked) if path.exists()]
-    socket.setdefaulttimeout(30)  # seconds: a network that swallows packets would otherwise hang the program
-    try:
-        train, test = (kind(str(data_dir), train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        if not existed and data_dir.exists() and not any(data_dir.iterdir()):
-            data_dir.rmdir()
-        found = f"{there[0]} is damaged" if there else f"{name} is not in {data_dir}"
-        raise Failure(
-            f"{found} and it cannot be downloaded ({getattr(error, 'reason', error)}): put {archive} into {data_dir}, "
-            "or use --dataset FOLDER (with train/ and test/), or --dataset digits"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(None)
-
-    def split(source: "datasets.CIFAR10") -> Split:
+    def split(source: "CIFAR10") -> Split:
         images = source.data
         if image_size != images.shape[1]:
-            images = np.stack([to_pixels(Image.fromarray(image), image_size) for image in images])
+            images = np.empty((len(source.data), image_size, image_size, 3), np.uint8)
+            for index, image in enumerate(source.data):
+                images[index] = to_pixels(Image.fromarray(image), image_size)
         return Split(torch.from_numpy(images), torch.tensor(source.targets))
 
+    train, test = cifar.read(name, data_dir)
     return Dataset(name, name, train.classes, split(train), split(test), test_identity=name)
 
 
@@ -150,7 +163,7 @@ def _digits(image_size: int) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    utils.check_memory(2 * len(digits.images) * image_size**2 * 3, f"the digits at --image-size {image_size}")
+    _check_memory(len(digits.images), 0, image_size)
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     images = np.stack([to_pixels(Image.fromarray(image), image_size) for image in grey])
     # scikit-learn defines no split. This one is always the same: 1,437 and 360 images, classes in proportion.
@@ -167,57 +180,35 @@ def _digits(image_size: int) -> Dataset:
     )
 
 
-def _folder(folder: Path, image_size: int, parts: tuple[str, ...]) -> Dataset:
-    if not folder.is_dir():
-        raise Failure(f"--dataset {folder} is neither cifar10, cifar100 or digits nor a folder")
-    for part in parts:
-        if not (folder / part).is_dir():
-            raise Failure(f"{folder} has no folder {part}/: it needs train/<class>/ and test/<class>/ with images")
-    hidden, others = 0, []
-    classes, samples = {}, {}
-    for part in parts:
-        classes[part], samples[part], found_hidden, found_others = list_images(folder / part)
-        hidden += found_hidden
-        others += found_others
-    if len(parts) == 2 and classes["train"] != classes["test"]:
-        alone = sorted(set(classes["train"]) ^ set(classes["test"]))
-        raise Failure(f"{folder} has classes in only one of train/ and test/: {', '.join(alone[:5])}")
-    names = classes["test"]
-    if len(names) < 2:
-        raise Failure(f"{folder} has only the class {names[0]}: training needs two or more")
+def _folder(folder: Path, image_size: int, parts: tuple[str, ...], rendering: Rendering) -> Dataset:
+    found = image_files.list_parts(folder, parts)
+    paths = [path for listing in found.values() for path, _ in listing.samples]
+    count = len(found["train"].samples) if "train" in found else 0
+    _check_memory(count, len(paths) - count, image_size)
+    # The training images decide how all are rendered. Where only test/ is read, the checkpoint says how.
+    pictures = read_images(paths, image_size, count, Rendering() if count else rendering)
     splits: dict[str, Split] = {}
     identities: dict[str, str] = {}
-    digests: dict[str, list[bytes]] = {}
-    whole = hashlib.sha256()
-    for part in parts:
-        paths = [path for path, _ in samples[part]]
-        images, digests[part] = read_images(paths, image_size)
-        splits[part] = Split(images, torch.tensor([label for _, label in samples[part]]))
-        entries = [
-            os.fsencode(Path(path).relative_to(folder).as_posix()) + digest
-            for path, digest in zip(paths, digests[part])
-        ]
-        whole.update(b"".join(entries))
-        identities[part] = f"folder {hashlib.sha256(b''.join(entries)).hexdigest()[:16]}"
-    left_out = [f"{hidden} hidden files or folders"] if hidden else []
-    left_out += [f"{len(others)} files that are not images, such as {others[0]}"] if others else []
-    warning = f"{seen} of the test images are training images, too" if (seen := _count_seen(digests)) else ""
+    whole, start = hashlib.sha256(), 0
+    for part, listing in found.items():
+        here = slice(start, start := start + len(listing.samples))
+        splits[part] = Split(pictures.images[here], torch.tensor([label for _, label in listing.samples]))
+        names = [os.fsencode(Path(path).relative_to(folder).as_posix()) for path in paths[here]]
+        entries = b"".join(name + key for name, key in zip(names, pictures.keys[here]))
+        whole.update(entries)
+        identities[part] = f"folder {hashlib.sha256(entries).hexdigest()[:16]}"
     return Dataset(
         folder.resolve().name,
         f"folder {whole.hexdigest()[:16]}" if len(parts) == 2 else "",
-        names,
+        found["test"].classes,
         splits.get("train"),
         splits["test"],
         test_identity=identities["test"],
-        left_out=utils.printable(", ".join(left_out)),
-        warning=warning,
+        rendering=str(pictures.rendering),
+        left_out=image_files.left_out(folder, found),
+        warnings=tuple(image_files.warnings_about(found, pictures.digests, pictures.uniform)),
+        settings=pictures.rendering.settings(),
     )
-
-
-def _count_seen(digests: dict[str, list[bytes]]) -> int:
-    """How many test files are training files, byte for byte."""
-    known = set(digests.get("train", []))
-    return sum(digest in known for digest in digests["test"])
 
 
 def of_checkpoints(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> Dataset:
@@ -235,8 +226,9 @@ def of_checkpoints(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> D
     held_out = settings.get("val_fraction", 0.0)
     complete = all("mean" in checkpoint and "test_images" in checkpoint for checkpoint in checkpoints.values())
     if fraction is None or fraction or not held_out:
-        return load(name, args.data_dir, size, held_out if fraction is None else fraction, train=not complete)
-    whole = load(name, args.data_dir, size, train=not complete)
+        fraction = held_out if fraction is None else fraction
+        return load(name, args.data_dir, size, fraction, not complete, rendering=Rendering.of(settings))
+    whole = load(name, args.data_dir, size, train=not complete, rendering=Rendering.of(settings))
     if complete:
         return replace(whole, val_fraction=held_out, held_out_scores=False)
     part = split_validation(whole, held_out)  # its mean and standard deviation are those of the training

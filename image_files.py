@@ -1,56 +1,77 @@
-"""Folders of image files: which images they hold, and their pixels."""
+"""Folders of image files: which images they hold, what is left out, and what is wrong with them."""
 
-import hashlib
-import io
 import os
-import stat
-import warnings
+from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-import utils
+import pixels
 from utils import Failure
 
-# The formats of the accepted endings. Others stay closed: Pillow would start other programs for some.
-FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-LARGEST_FILE = 2**28  # bytes of an image file
+# What operating systems, archives and file servers leave beside images; names with a dot in front count, too.
+SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+# Names that others give to the two parts, in lower case.
+SYNONYMS = {
+    "train": ("train", "training", "trn", "train_set", "training_set", "images_background"),
+    "test": ("test", "testing", "tst", "test_set", "testing_set", "val", "valid", "validation", "eval", "dev"),
+}
 
 
-def list_images(folder: Path) -> tuple[list[str], list[tuple[str, int]], int, list[str]]:
-    """The classes of train/ or test/, its images with their class index, and what is left out: the number of hidden
-    entries, as notebooks and file managers leave them, and the names of files that are not images."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+@dataclass
+class Listing:
+    """The images of train/ or test/.
 
-    hidden = 0
-    others: list[str] = []
-    samples: list[tuple[str, int]] = []
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    hidden += sum(entry.name.startswith(".") for entry in entries)
-    others += [entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
-    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    if not classes:
-        raise Failure(f"{folder} has no class folders")
-    for label, name in enumerate(classes):
-        before = len(samples)
-        for parent, folders, files in sorted(walk(folder / name)):
-            if any(part.startswith(".") for part in Path(parent).relative_to(folder).parts):
+    `samples` are paths with the index of their class. Left out are `hidden` entries, as notebooks and file managers
+    leave them, `others`, which are no images, and `closed`, images in a format that is not read; all by name.
+    `links` are pairs of classes that are the same folder.
+    """
+
+    folder: Path
+    classes: list[str]
+    samples: list[tuple[str, int]] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
+
+
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, without hidden ones."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+
+
+def list_images(folder: Path) -> Listing:
+    """The classes of train/ or test/ and their images. Failure when there are none."""
+    found = Listing(folder, subfolders(folder))
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.name not in found.classes):
+        (found.hidden if is_hidden(name) else found.others).append(name)
+    if not found.classes:
+        directly = f", only files such as {found.others[0]}" if found.others else ""
+        raise Failure(f"{folder} has no class folders{directly}: it needs a folder of images for each class")
+    folders: dict[str, str] = {}
+    for label, name in enumerate(found.classes):
+        same = folders.setdefault(os.path.realpath(folder / name), name)
+        found.links += [(name, same)] if same != name else []
+        before, closed = len(found.samples), len(found.closed)
+        for parent, below, files in sorted(walk(folder / name)):
+            if any(is_hidden(part) for part in Path(parent).relative_to(folder).parts):
                 continue
-            hidden += sum(entry.startswith(".") for entry in folders + files)
-            for file in sorted(file for file in files if not file.startswith(".")):
-                if file.lower().endswith((*IMG_EXTENSIONS, ".gif")):
-                    samples.append((os.path.join(parent, file), label))
+            found.hidden += [entry for entry in below + files if is_hidden(entry)]
+            for file in sorted(file for file in files if not is_hidden(file)):
+                suffix = os.path.splitext(file)[1].lower()
+                if suffix in pixels.suffixes():
+                    found.samples.append((os.path.join(parent, file), label))
                 else:
-                    others.append(file)
-        if len(samples) == before:
-            raise Failure(f"{folder / name} has no images ({', '.join((*IMG_EXTENSIONS, '.gif'))})")
-    return classes, samples, hidden, others
+                    (found.closed if suffix in pixels.CLOSED else found.others).append(file)
+        if len(found.samples) == before:
+            there = f", only {n:,} such as {found.closed[-1]}" if (n := len(found.closed) - closed) else ""
+            raise Failure(f"{folder / name} has no images that can be read here (.jpg, .png, .webp, ...){there}")
+    return found
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -66,51 +87,83 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield parent, folders, files
 
 
-def read_images(paths: list[str], size: int) -> tuple[Tensor, list[bytes]]:
-    """Image files -> (N, size, size, 3) uint8, and a digest of each file. Failure names a broken file."""
-    # The images, a padded copy of the training images, and what Python itself needs.
-    utils.check_memory(2 * len(paths) * size**2 * 3, f"{len(paths):,} images of --image-size {size}")
-    images = np.empty((len(paths), size, size, 3), np.uint8)
-    digests = [b""] * len(paths)
-
-    def read(start: int) -> None:
-        for index, path in enumerate(paths[start : start + chunk], start):
-            try:
-                content = read_image(path)
-                digests[index] = hashlib.sha256(content).digest()
-                with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                    images[index] = to_pixels(image, size)
-            except Exception as error:  # Pillow's decoders raise many kinds of error
-                reason = str(error).split(" <_io")[0]  # without the address of a buffer
-                raise Failure(f"{path} cannot be read as an image: {reason}") from None
-
-    chunk = 500  # handing a small image to a thread costs more than reading it
-    starts = range(0, len(paths), chunk)
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings(action="ignore"):  # about transparency and large images
-        for _ in tqdm(pool.map(read, starts), "reading images", len(starts), leave=False, disable=None):
-            pass
-    return torch.from_numpy(images), digests
+def list_parts(folder: Path, parts: tuple[str, ...]) -> dict[str, Listing]:
+    """The images of train/ and test/, or of test/ alone. Failure says what is missing and what is there."""
+    if not folder.is_dir():
+        raise Failure(f"--dataset {folder} is neither cifar10, cifar100 or digits nor a folder")
+    for part in parts:
+        if not (folder / part).is_dir():
+            needs = "it needs train/<class>/ and test/<class>/ with images"
+            raise Failure(f"{folder} has no folder {part}/: {needs}{advice(folder, part)}")
+    found = {part: list_images(folder / part) for part in parts}
+    for part, listing in found.items():
+        if len(listing.classes) == 1:
+            name, below = listing.classes[0], subfolders(folder / part / listing.classes[0])
+            more = f"; {named(below)} in it look like classes: move them up into {part}/" if len(below) > 1 else ""
+            raise Failure(f"{folder / part} has only the class {name}: training needs two or more{more}")
+    first, *rest = found.values()
+    if alone := sorted(set(first.classes).symmetric_difference(*(listing.classes for listing in rest)) if rest else []):
+        raise Failure(f"{folder} has classes in only one of train/ and test/: {named(alone)}")
+    return found
 
 
-def read_image(path: str) -> bytes:
-    """The content of a regular file of bounded size; ValueError for anything else, as for a pipe."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is not a regular file")
-    if status.st_size > LARGEST_FILE:
-        raise ValueError(f"it is larger than {LARGEST_FILE:,} bytes")
-    with open(path, "rb") as file:
-        return file.read()
+def advice(folder: Path, missing: str) -> str:
+    """What to do about a folder without train/ or test/, by what is there; starts with a semicolon, or is empty."""
+    there, parent = subfolders(folder), folder.resolve().parent
+    if synonyms := [name for name in there if name.lower() in SYNONYMS[missing]]:
+        return f"; it has {synonyms[0]}/: rename that to {missing}/ if it holds the images to {missing} with"
+    if (parent / "train").is_dir() and (parent / "test").is_dir():
+        return f"; {parent} has both: --dataset {parent}"
+    if inside := [name for name in there if (folder / name / "train").is_dir() or (folder / name / "test").is_dir()]:
+        return f"; {folder / inside[0]} looks like it: --dataset {folder / inside[0]}"
+    if len(there) > 1 and missing == "train":
+        return f"; if {named(there)} are classes, split the images of each into train/<class>/ and test/<class>/"
+    return f"; it has {named([f'{name}/' for name in there])}" if there else ""
 
 
-def to_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """Any image -> (size, size, 3) uint8 RGB."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):  # more than 8 bits of grey, which Pillow would clip in place of scaling
-        grey = np.asarray(image, np.int64).clip(0, 65535)
-        image = Image.fromarray((grey // 256 if image.mode != "I" or grey.max() > 255 else grey).astype(np.uint8))
-    image = image.convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+def named(names: list[str]) -> str:
+    """Up to five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+
+
+def counted(names: list[str], what: str, rest: str = "") -> list[str]:
+    """["3 images of one color, such as NAME"], or nothing of no names."""
+    return [f"{len(names):,} {what}{'s' * (len(names) != 1)} {rest}, such as {names[0]}"] if names else []
+
+
+def left_out(folder: Path, found: dict[str, Listing]) -> str:
+    """What of a folder is not used, and why; empty when all of it is."""
+    listings = list(found.values())
+    hidden = [name for listing in listings for name in listing.hidden]
+    others = [name for listing in listings for name in listing.others]
+    closed = [name for listing in listings for name in listing.closed]
+    more = [f"{name}/" for name in subfolders(folder) if name not in ("train", "test")]
+    lines = [f"{len(hidden):,} hidden item{'s' * (len(hidden) != 1)}"] if hidden else []
+    lines += counted(others, "file", "without the ending of an image")
+    lines += counted(closed, "image", "in a format that is not read here")
+    lines += [f"{named(more)} beside train/ and test/"] if more else []
+    return ", ".join(lines)
+
+
+def warnings_about(found: dict[str, Listing], digests: list[bytes], uniform: list[int]) -> list[str]:
+    """What ruins a data set: classes that are one folder, the same file in two classes, or in train/ and test/, images
+    without content. `digests` are of all files in the order of `found`, `uniform` the numbers of those of one color."""
+    samples = [(path, label, part) for part, listing in found.items() for path, label in listing.samples]
+    lines = [
+        f"the class {one} of {part}/ is the same folder as the class {other}"
+        for part, listing in found.items()
+        for one, other in listing.links
+    ]
+    copies: dict[bytes, list[int]] = defaultdict(list)
+    for index, digest in enumerate(digests):
+        copies[digest].append(index)
+    both = [same for same in copies.values() if len({samples[index][1] for index in same}) > 1]
+    if both:
+        path, label, _ = samples[both[0][0]]
+        other = next(samples[index][0] for index in both[0] if samples[index][1] != label)
+        examples = [f"{path}, which equals {other}"] * len(both)
+        lines += counted(examples, "image", "in two classes")
+    trained = {digest for digest, (_, _, part) in zip(digests, samples) if part == "train"}
+    seen = [path for digest, (path, _, part) in zip(digests, samples) if part == "test" and digest in trained]
+    lines += counted(seen, "test image", "that the training images have, too")
+    return lines + counted([samples[index][0] for index in uniform], "image", "of one single color")

@@ -93,7 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=utils.positive_float, default=0.1, help="highest learning rate")
     add("--batch-size", type=utils.count, default=128, metavar="N", help="images per step")
     add("--seed", type=utils.seed, default=0, help="of initial weights, order and augmentation of the images")
-    utils.add_data_arguments(parser, "cifar10", 32)
+    images = utils.add_data_arguments(parser, "cifar10", 32)
+    images.add_argument("--no-flip", action="store_true", help="never mirror training images: for letters and digits")
     utils.add_device_arguments(parser, "of training; auto is bf16 where the processor has it")
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint-dir", type=utils.directory, default=Path("checkpoint"), metavar="DIR", help="where results go")
@@ -169,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = utils.choose_device(args.device)
     utils.set_up(device, args.deterministic)
-    run = Run(args, data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction), device)
+    images = data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction, flip=not args.no_flip)
+    run = Run(args, images, device)
     targets = run.plan(experiment, args.force)
     if args.dry_run:
         print(report.plan(run, targets))

@@ -49,6 +49,7 @@ class Run:
             "batch_size": args.batch_size,
             "seed": args.seed,
             "precision": str(self.dtype).removeprefix("torch."),
+            **images.settings,
         }
         self.checkpoint: dict | None = None
         self.digest = ""  # of the weights of ckpt.pth

@@ -17,6 +17,8 @@ from typing import NoReturn, TextIO
 
 import torch
 
+import memory
+
 
 class Failure(Exception):
     """One line for the user. `code` is the exit code: 2 for bad input, 1 for everything else."""
@@ -138,7 +140,9 @@ def sparsity(text: str) -> float:
     return value
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, size: int | None) -> None:
+def add_data_arguments(
+    parser: argparse.ArgumentParser, dataset: str | None, size: int | None
+) -> argparse._ArgumentGroup:
     """The flags that select the images; a default of None means those of the checkpoint."""
     group = parser.add_argument_group("images")
     group.add_argument(
@@ -165,6 +169,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset: str | None, siz
         help="hold out this fraction of the training images and measure on them, never on the test images"
         + ("; 0 measures the test images after all" if size is None else ""),
     )
+    return group
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> None:
@@ -187,18 +192,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         line, code = str(failure), failure.code
     except BrokenPipeError:
         sys.exit(128 + SIGPIPE)  # nobody reads any more, so there is nobody to tell
-    except OSError as error:
-        line, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
-    except torch.OutOfMemoryError:
-        line, code = "the GPU has too little memory: try a smaller --batch-size or --image-size", 1
-    except MemoryError:
-        line, code = "too little memory: try a smaller --batch-size or --image-size", 1
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        line, code = "too little memory: try a smaller --batch-size or --image-size", 1
     except Interrupted as stop:
         line, code = str(stop), 128 + _signal
+    except torch.OutOfMemoryError:
+        line, code = "the GPU has too little memory: try a smaller --batch-size or --image-size", 1
+    except Exception as error:
+        if memory.is_exhausted(error):
+            line, code = "too little memory: try a smaller --batch-size or --image-size", 1
+        elif isinstance(error, OSError):
+            line, code = printable(f"{error.filename or 'a file'}: {error.strerror or error}"), 2
+        else:
+            raise
     print(f"{program}: {line}", file=sys.stderr)
     sys.exit(code)
 
@@ -253,15 +257,6 @@ def _cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def check_memory(needed: int, what: str) -> None:
-    """Failure when `what` needs more bytes than the machine has left; nothing where that is unknown."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        meminfo = Path("/proc/meminfo").read_text()
-        available = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
-        if needed > available:
-            raise Failure(f"{what} need {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are left")
 
 
 def set_up(device: torch.device, deterministic: bool = False) -> None:

@@ -1,21 +1,17 @@
 """Images in, batches out; and every way in which images can be missing or broken."""
 
 import argparse
-import os
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_images
-from PIL import Image
 
 import data
-import image_files
 import utils
 
 CPU = torch.device("cpu")
@@ -150,63 +146,6 @@ def test_digits_are_the_real_ones_split_in_proportion():
     assert images.summary() == "digits: 1,437 training and 360 test images of 10 classes"
 
 
-def test_cifar_is_what_torchvision_reads(monkeypatch):
-    from torchvision import datasets
-
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
-
-    class Stub:
-        classes = ("airplane", "automobile")
-
-        def __init__(self, root: str, train: bool, download: bool):
-            assert (root, download) == ("unused", True)
-            self.data, self.targets = (pixels, [0, 1, 0, 1, 0, 1]) if train else (pixels[:2], [1, 0])
-
-    for name, kind in ("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"):
-        monkeypatch.setattr(datasets, kind, Stub)
-        images = data.load(name, NOWHERE, 32)
-        assert torch.equal(images.train.images, torch.from_numpy(pixels))
-        assert images.test.labels.tolist() == [1, 0]
-        assert (images.name, images.identity, images.test_identity) == (name, name, name)
-        assert images.horizontal_flip
-    small = data.load("cifar10", NOWHERE, 16).train.images
-    expected = Image.fromarray(pixels[5]).resize((16, 16), Image.Resampling.BILINEAR)
-    assert torch.equal(small[5], torch.from_numpy(np.array(expected)))
-
-
-def test_a_folder_of_mixed_images_becomes_rgb_of_one_size(images):
-    loaded = data.load(str(images), NOWHERE, 16)
-    assert loaded.name == "shades"
-    assert loaded.classes == ["dark", "light"]
-    assert loaded.train.images.shape == (80, 16, 16, 3)
-    assert loaded.train.images.dtype == torch.uint8
-    assert loaded.test.labels.tolist() == [0] * 11 + [1] * 11
-    grey = loaded.train.images[0]  # image 0 is grey and 20x24
-    assert torch.equal(grey[..., 0], grey[..., 2])
-    assert loaded.summary() == "shades: 80 training and 22 test images of 2 classes"
-
-
-def test_a_folder_can_be_measured_without_its_training_images(tmp_path):
-    folder = write_images(tmp_path / "x", train=3, test=2)
-    whole = data.load(str(folder), NOWHERE, 16)
-    shutil.rmtree(folder / "train")
-    alone = data.load(str(folder), NOWHERE, 16, train=False)
-    assert torch.equal(alone.test.images, whole.test.images)
-    assert (alone.classes, alone.test_identity) == (whole.classes, whole.test_identity)
-    assert (alone.train, alone.identity) == (None, "")
-    with pytest.raises(utils.Failure, match=r"^x was read without its training images$"):
-        alone.mean_and_std()
-    for more in {}, {"val_fraction": 0.5, "train": False}:
-        with pytest.raises(utils.Failure, match="has no folder train/"):
-            data.load(str(folder), NOWHERE, 16, **more)
-
-
-def test_grey_images_of_16_bits_keep_their_range(tmp_path):
-    pixels = np.full((16, 16), 0x8000, np.uint16)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert set(image_files.read_images([str(tmp_path / "a.png")], 16)[0].flatten().tolist()) == {128}
-
-
 def test_held_out_images_are_training_images_that_are_not_trained_on(digits):
     part = data.load("digits", NOWHERE, 16, 0.25)
     assert (len(part.train.labels), len(part.test.labels)) == (1437 - 359, 359)
@@ -231,171 +170,11 @@ def test_a_fraction_that_leaves_no_images_on_one_side_is_refused(fraction):
         data.load("digits", NOWHERE, 16, fraction)
 
 
-def test_a_folder_is_identified_by_its_files_wherever_it_is(tmp_path):
-    one = data.load(str(write_images(tmp_path / "1" / "x", train=3, test=2)), NOWHERE, 16)
-    changed = write_images(tmp_path / "2" / "x", train=3, test=2) / "train" / "dark" / "1.png"
-    Image.new("RGB", (16, 16), "red").save(changed)
-    two = data.load(str(tmp_path / "2" / "x"), NOWHERE, 16)
-    assert one.name == two.name
-    assert one.identity != two.identity
-    assert one.test_identity == two.test_identity
-    (tmp_path / "2" / "x" / "test" / "dark" / "0.png").rename(tmp_path / "2" / "x" / "test" / "dark" / "a.png")
-    assert data.load(str(tmp_path / "2" / "x"), NOWHERE, 16).test_identity != one.test_identity
-    shutil.move(tmp_path / "1" / "x", tmp_path / "y")
-    moved = data.load(str(tmp_path / "y"), NOWHERE, 16)
-    assert (moved.identity, moved.test_identity) == (one.identity, one.test_identity)
-
-
-def test_hidden_files_and_files_that_are_not_images_are_left_out_and_named(tmp_path):
-    folder = write_images(tmp_path / "x", train=3, test=2)
-    whole = data.load(str(folder), NOWHERE, 16)
-    for part in "train", "test":  # 3 hidden entries in each
-        shutil.copytree(folder / part / "light", folder / part / ".ipynb_checkpoints")
-        shutil.copytree(folder / part / "light", folder / part / "dark" / ".ipynb_checkpoints")
-        (folder / part / "light" / "._0.png").write_text("not an image")
-    loaded = data.load(str(folder), NOWHERE, 16)
-    assert loaded.summary() == ("x: 6 training and 4 test images of 2 classes; left out: 6 hidden files or folders")
-    (folder / "train" / "notes.txt").write_text("between the classes")
-    (folder / "test" / "light" / "Thumbs.db").write_text("among the images")
-    loaded = data.load(str(folder), NOWHERE, 16)
-    assert loaded.summary() == (
-        "x: 6 training and 4 test images of 2 classes; left out: 6 hidden files or folders, "
-        "2 files that are not images, such as notes.txt"
-    )
-    assert loaded.classes == ["dark", "light"]
-    assert loaded.identity == whole.identity
-
-
-def test_images_in_folders_below_a_class_belong_to_it(tmp_path):
-    folder = write_images(tmp_path / "x", train=3, test=2)
-    (folder / "train" / "dark" / "below").mkdir()
-    Image.new("RGB", (16, 16), "red").save(folder / "train" / "dark" / "below" / "A.JPEG")
-    assert data.load(str(folder), NOWHERE, 16).train.labels.tolist() == [0] * 4 + [1] * 3
-
-
-# --- Images that cannot be used ------------------------------------------------------------------------------------
-
-
-def broken(folder: Path, how: str) -> None:
-    image = folder / "train" / "dark" / "1.png"
-    if how == "no test":
-        shutil.rmtree(folder / "test")
-    elif how == "no classes":
-        shutil.rmtree(folder / "test")
-        (folder / "test").mkdir()
-    elif how == "other classes":
-        (folder / "test" / "light").rename(folder / "test" / "bright")
-    elif how == "one class":
-        shutil.rmtree(folder / "train" / "light")
-        shutil.rmtree(folder / "test" / "light")
-    elif how == "empty class":
-        shutil.rmtree(folder / "train" / "light")
-        (folder / "train" / "light").mkdir()
-    elif how == "truncated image":
-        image.write_bytes(image.read_bytes()[:200])
-    elif how == "dangling link":
-        image.unlink()
-        image.symlink_to("nowhere.png")
-    elif how == "not an image":
-        image.write_text("hello")
-    elif how == "PostScript":  # Pillow would start Ghostscript for it
-        image.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n")
-    elif how == "pipe":
-        image.unlink()
-        os.mkfifo(image)
-    elif how == "endless":
-        image.unlink()
-        image.symlink_to("/dev/zero")
-    elif how == "loop":
-        (folder / "train" / "dark" / "again").symlink_to(folder / "train" / "dark")
-    elif how == "floats":
-        Image.fromarray(np.zeros((16, 16), np.float32)).save(folder / "train" / "dark" / "a.tiff")
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("no test", "has no folder test/: it needs train/<class>/ and test/<class>/ with images"),
-        ("no classes", "test has no class folders"),
-        ("other classes", "has classes in only one of train/ and test/: bright, light"),
-        ("one class", "has only the class dark: training needs two or more"),
-        ("empty class", "train/light has no images (.jpg, "),
-        ("truncated image", "train/dark/1.png cannot be read as an image: "),
-        ("dangling link", "train/dark/1.png cannot be read as an image: "),
-        ("not an image", "train/dark/1.png cannot be read as an image: cannot identify image file"),
-        ("PostScript", "train/dark/1.png cannot be read as an image: cannot identify image file"),
-        ("pipe", "train/dark/1.png cannot be read as an image: it is not a regular file"),
-        ("endless", "train/dark/1.png cannot be read as an image: it is not a regular file"),
-        ("loop", "train/dark/again leads back to "),
-        ("floats", "train/dark/a.tiff cannot be read as an image: floating-point pixels have no agreed range"),
-    ],
-)
-def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path, how, message):
-    folder = write_images(tmp_path / "x", train=3, test=2)
-    broken(folder, how)
-    with pytest.raises(utils.Failure) as failure:
-        data.load(str(folder), NOWHERE, 16)
-    assert message in str(failure.value)
-    assert "\n" not in str(failure.value)
-
-
-def test_an_image_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
-    folder = write_images(tmp_path / "x", train=3, test=2)
-    monkeypatch.setattr(image_files, "LARGEST_FILE", 10)
-    with pytest.raises(utils.Failure, match=r"cannot be read as an image: it is larger than 10 bytes"):
-        data.load(str(folder), NOWHERE, 16)
-
-
-def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
-    folder = write_images(tmp_path / "x", train=3, test=2)
-
-    def refuse(needed: int, what: str) -> None:
-        raise utils.Failure(f"{what} need {needed} bytes")
-
-    monkeypatch.setattr(utils, "check_memory", refuse)
-    with pytest.raises(utils.Failure, match=r"^6 images of --image-size 64 need 147456 bytes$"):
-        data.load(str(folder), NOWHERE, 64)
-
-
-def test_test_images_that_are_training_images_are_reported(tmp_path):
-    folder = write_images(tmp_path / "x", train=3, test=2)
-    shutil.rmtree(folder / "test")
-    (folder / "test").symlink_to("train")
-    loaded = data.load(str(folder), NOWHERE, 16)
-    assert loaded.summary().endswith("2 classes\nwarning: 6 of the test images are training images, too")
-
-
 def test_no_file_decides_which_folder_is_read(tmp_path):
     args = argparse.Namespace(dataset=None, data_dir=NOWHERE, image_size=None, val_fraction=None)
     settings = {"dataset": str(write_images(tmp_path / "x", train=3, test=2)), "image_size": 16}
     with pytest.raises(utils.Failure, match="name it with --dataset"):
         data.of_checkpoints(args, {Path("x.pth"): {"settings": settings}})
-
-
-def test_a_damaged_archive_is_named(tmp_path, monkeypatch):
-    def refuse(*_args: object, **_more: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    (tmp_path / "cifar-10-python.tar.gz").write_text("hello")
-    with pytest.raises(utils.Failure, match=r"cifar-10-python\.tar\.gz is damaged and it cannot be downloaded"):
-        data.load("cifar10", tmp_path, 32)
-
-
-@pytest.mark.parametrize("existed", [False, True])
-def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch, existed):
-    def refuse(*_args: object, **_more: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    folder = tmp_path / "data"
-    if existed:
-        folder.mkdir()
-    with pytest.raises(utils.Failure) as failure:
-        data.load("cifar10", folder, 32)
-    for word in (str(folder), "cifar-10-python.tar.gz", "--dataset FOLDER", "digits", "no network"):
-        assert word in str(failure.value)
-    assert folder.exists() == existed
 
 
 # --- The images of a checkpoint ------------------------------------------------------------------------------------
