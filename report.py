@@ -313,7 +313,8 @@ def figure(rows: list[Row], y: str = "accuracy") -> bytes:
     panels[1].invert_xaxis()
     for axis in panels[1].xaxis.set_major_formatter, panels[1].xaxis.set_minor_formatter:
         axis("{x:g}")
-    canvas.suptitle(printable(f"{rows[0].arch} on {rows[0].dataset}"), parse_math=False)
+    title = printable(f"{rows[0].arch} on {rows[0].dataset}")
+    canvas.suptitle(title if len(title) <= 90 else f"{title[:89]}…", parse_math=False)  # a folder may have any name
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend()
     image = io.BytesIO()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import SMALL, call, succeed, write_images
 from PIL import Image
 
 import data
@@ -304,16 +304,16 @@ def test_test_images_that_are_training_images_are_reported(tmp_path):
 
 # --- Names ---------------------------------------------------------------------------------------------------------
 
-NAMES = [os.fsdecode(b"caf\xe9"), "$x_{1$", "line\nbreak", "a" * 200, "\u05e9\u05dc\u05d5\u05dd", "\U0001f431"]
+NAMES = [os.fsdecode(b"caf\xe9"), "$l_{\n" + "\u05e9\u05dc"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems refuse such names")
 def test_names_may_be_any_bytes(tmp_path):
     place = tmp_path / os.fsdecode(b"\xff")
-    folder = write_images(place, train=1, test=1, classes=(NAMES[0], NAMES[2]))
+    folder = write_images(place, train=1, test=1, classes=(NAMES[0], NAMES[1]))
     (folder / "train" / NAMES[0] / os.fsdecode(b"\xfe.txt")).write_text("")
     loaded = data.load(str(folder), NOWHERE, 16)
-    assert loaded.classes == sorted([NAMES[0], NAMES[2]])
+    assert loaded.classes == sorted(NAMES)
     assert loaded.summary() == (
         "\\udcff: 2 training and 2 test images of 2 classes; "
         "left out: 1 file without the ending of an image, such as \\udcfe.txt"
@@ -321,3 +321,38 @@ def test_names_may_be_any_bytes(tmp_path):
     (folder / "train" / NAMES[0] / os.fsdecode(b"\xfd.png")).write_text("")
     with pytest.raises(utils.Failure, match=r"/caf\\udce9/\\udcfd.png cannot be read as an image"):
         data.load(str(folder), NOWHERE, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="other systems refuse such names")
+def test_commands_run_on_such_names_and_on_images_of_any_kind(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda _, text, **more: titles.append((text, more)))
+    folder = write_images(tmp_path / os.fsdecode(b"\xff") / ("$x_{1$\n" + "y" * 150), train=20, test=6, classes=NAMES)
+    for index, path in enumerate(sorted(folder.rglob("*.png"))):  # 12-bit grey, and black ink on nothing
+        grey = Image.open(path).convert("L")
+        deep = Image.fromarray(np.asarray(grey, np.uint16) * 16)
+        ink = Image.merge("LA", (Image.new("L", grey.size), grey))
+        (deep if index % 2 else ink).save(path)
+    place = ("--dataset", folder, "--checkpoint-dir", tmp_path / os.fsdecode(b"c\xfd"))
+    command = ("main.py", *SMALL, *place, "--epochs", "1", "--retrain-epochs", "1", "-pr", "0.5", "-shot", "single")
+    assert "transparency on white" in succeed(*command, "--no-flip")
+    done = call(*command)
+    assert done.returncode == 2 and "horizontal_flip" in done.stderr
+    shutil.rmtree(folder / "train")
+    assert "50percent_single_ckpt.pth" in succeed("test.py", *place, "--device", "cpu")  # it compares accuracies
+    ((title, more),) = titles
+    assert title.startswith("resnet20 on $x_{1$\\nyyy") and len(title) == 90 and more == {"parse_math": False}
+
+
+# --- Mirroring -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_mirrored_unless_the_command_line_says_no(images):
+    assert data.load(str(images), NOWHERE, 16).horizontal_flip
+    straight = data.load(str(images), NOWHERE, 16, flip=False)
+    assert not straight.horizontal_flip and straight.settings == {"horizontal_flip": False}
+
+
+def test_digits_have_no_such_setting_because_they_are_never_mirrored():
+    assert data.load("digits", NOWHERE, 16, flip=False).settings == data.load("digits", NOWHERE, 16).settings == {}
