@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import secrets
 import stat
 import sys
@@ -20,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import foreign
 import models
 import packed
 import pruning
-from utils import Failure, image_sizes
+import refusals
+from utils import Failure, image_sizes, printable
 
 MAX_FILE = 2**32  # bytes
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a pipe must not wait for its writer
@@ -98,33 +99,44 @@ def load(path: Path) -> object:
     """Read what `save` wrote, a packed file, or any file of tensors, on the CPU. Failure says what is wrong with it.
 
     Every byte of content is checked against a checksum, that of the packed file or those of the zip archive that
-    torch.save writes. Only files in its older format, which is no archive, have none.
+    torch.save writes. Only files in its older format, which is no archive, and safetensors files have none.
     """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[object, str]:
+    """What a file holds, and the form of the file: packed, safetensors or pickle."""
     content = read(path)
+    pickled = b""
     try:
         if content.startswith(packed.MAGIC):
-            return packed.unpack(content)
-        with warnings.catch_warnings(action="ignore"):  # about old formats; the error below says enough
-            return torch.load(_verified(content), map_location="cpu", weights_only=True)
+            return packed.unpack(content), "packed"
+        if foreign.is_safetensors(content):
+            return foreign.read_safetensors(content), "safetensors"
+        if what := refusals.describe(content):
+            raise Failure(what)
+        archive, pickled = _verified(content)
+        # The text of a file of Python 2 may be the bytes of a number.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(foreign.SAFE_GLOBALS):
+            return torch.load(archive, map_location="cpu", weights_only=True, encoding="latin1"), "pickle"
     except Failure as failure:
         raise Failure(f"{path} is not a checkpoint that can be loaded: {failure}") from None
     except Exception as error:  # torch's reader and unpickler raise many kinds of error on foreign bytes
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {code[1]}, not just for tensors and plain values" if code else "damaged or not one"
+        asked = str(error) if isinstance(error, foreign.Unsafe) else ""
+        reason = refusals.refused(pickled, asked) or "damaged or not one"
         raise Failure(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
 
 
-def _verified(content: bytes) -> io.BytesIO:
-    """A file of torch.save, each of whose entries equals its checksum; Failure when one does not.
+def _verified(content: bytes) -> tuple[io.BytesIO, bytes]:
+    """A file of torch.save, each of whose entries equals its checksum, and its pickle; Failure when one does not.
 
     PyTorch itself looks at no checksum. It gets an archive that is written anew from the verified entries, because its
     reader of archives and Python's might disagree about a damaged directory.
     """
-    if b"_codecs\nencode" in content:
-        raise Failure("it asks for _codecs.encode, not just for tensors and plain values")  # it can double in size
-    if not content.startswith(b"PK"):
-        return io.BytesIO(content)  # the older format of torch.save, or no checkpoint at all
-    clean = io.BytesIO()
+    if not content.startswith(b"PK"):  # the older format of torch.save, or no checkpoint at all
+        content = foreign.renamed(content)
+        return io.BytesIO(content), content
+    clean, pickled = io.BytesIO(), b""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(clean, "w") as copy:
             entries = archive.infolist()
@@ -135,7 +147,10 @@ def _verified(content: bytes) -> io.BytesIO:
             if sum(entry.file_size for entry in entries) > len(content):
                 raise Failure("damaged: its entries overlap")
             for entry in entries:
-                copy.writestr(zipfile.ZipInfo(entry.filename), archive.read(entry))  # reading verifies the checksum
+                found = archive.read(entry)  # this verifies the checksum
+                if entry.filename.endswith("data.pkl"):
+                    pickled = found = foreign.renamed(found)
+                copy.writestr(zipfile.ZipInfo(entry.filename), found)
     except (
         zipfile.BadZipFile,
         NotImplementedError,
@@ -147,55 +162,103 @@ def _verified(content: bytes) -> io.BytesIO:
     ) as error:
         raise Failure(f"damaged: {error}") from None
     clean.seek(0)
-    return clean
+    return clean, pickled
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read and check a checkpoint: ours, packed, or in the format of pytorch-cifar, with or without `module.` prefixes.
+    """Read and check a checkpoint: ours, packed, or in any form of docs/files.md that other scripts write.
 
     The result has `net` (float32, plain names), `arch` (identified by the tensors) and, where the file has them,
-    `acc`, `epoch` and what else main.py writes. Failure names the file and what is wrong with it.
+    `acc`, `epoch` and what else main.py writes. Only files with our mark, `format`, are held to its form: of others
+    what has another form is ignored, and `taken` says what was found. Failure names the file and what is wrong with it.
     """
-    checkpoint = load(path)
-    net = checkpoint.get("net") if isinstance(checkpoint, dict) else None
-    if not isinstance(checkpoint, dict) or not isinstance(net, dict) or not net:
-        raise Failure(f"{path} is not a checkpoint: it has no 'net' with the weights of a network")
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in net.items()):
-        raise Failure(f"{path} is not a checkpoint: its 'net' has entries that are not tensors")
-    for name, value in net.items():
-        _check_form(path, name, value)
-    classes = net["linear.weight"].shape[0] if getattr(net.get("linear.weight"), "ndim", 0) == 2 else 2
-    if not 2 <= classes <= packed.MAX_CLASSES:
-        raise Failure(f"{path} holds a network with {classes} outputs, and not 2 to {packed.MAX_CLASSES}")
-    # DataParallel and torch.compile put prefixes in front of the names.
-    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value.detach() for name, value in net.items()}
-    if len(plain) < len(net):
-        raise Failure(f"{path} has the same weights both with and without a prefix")
+    content, kind = _load(path)
     try:
-        arch = models.identify(plain)  # by names and shapes, before any value is touched
+        found = foreign.find(content)
+        net, match, masks = _identified(found.net)
+        arch, classes = match.arch, models.outputs(match.arch, net)
+        types = {name: value.dtype for name, value in models.state(arch, classes).items()}
+        net = {name: foreign.converted(name, value, masks.get(name), types[name]) for name, value in net.items()}
     except ValueError as error:
         raise Failure(f"{path} {error}") from None
-    for name, value in plain.items():
-        counter = name.endswith("num_batches_tracked")
-        if not counter and not value.is_floating_point():
-            raise Failure(f"{path} has {name} in a form that is not a float tensor")
-        plain[name] = value.long() if counter else value.float()
-        if not plain[name].isfinite().all():
-            raise Failure(f"{path} has values in {name} that are not finite")
-    checked = {**checkpoint, **_checked_metadata(path, checkpoint), "net": plain, "arch": arch}
+    if not 2 <= classes <= packed.MAX_CLASSES:
+        raise Failure(f"{path} holds a network with {classes} outputs, and not 2 to {packed.MAX_CLASSES}")
+    checkpoint: dict = {"net": net, "arch": arch}
+    marked = kind == "packed" or type(found.more.get("format")) is int
     try:
+        checked = {**found.more, **_checked_metadata(found.more), **checkpoint}
         with torch.device("meta"):
             pruning.prunable(models.build(arch, classes), checked.get("settings", {}).get("exclude", "").split())
     except ValueError as error:
-        raise Failure(f"{path} is not a checkpoint: {error}") from None
-    return checked
+        if marked:
+            raise Failure(f"{path} is not a checkpoint: {error}") from None
+        checked = checkpoint
+    if marked or "settings" in checked:  # files of earlier versions have no mark
+        return checked
+    checkpoint |= foreign.metadata(found.more, classes)
+    checkpoint["taken"] = f"{'safetensors' if kind == 'safetensors' else found.form} of {arch}"
+    if masks:
+        checkpoint["taken"] += f", masks of {len(masks)} layers applied"
+    if match.by_order:
+        checkpoint["taken"] += ", weights matched by their order"
+    if found.others:
+        checkpoint["taken"] += f", not {' or '.join(found.others)}"
+    return checkpoint
 
 
-def is_plain(value: object) -> bool:
-    """Whether a value is an ordinary tensor on the CPU."""
+def taken(checkpoint: dict) -> str:
+    """What was taken from a file that is not ours, and its claim: "state_dict of resnet20, 91.73 % by its file"."""
+    claim = f", {checkpoint['acc']:.2f} % by its file" if "acc" in checkpoint else ""
+    return printable(checkpoint["taken"] + claim) if "taken" in checkpoint else ""
+
+
+def adopt_constants(found: dict[Path, dict]) -> None:
+    """Give a network of another program the constants of normalization of the networks that were pruned from it."""
+    pruned = {
+        checkpoint["settings"]["dense"]: (path, checkpoint)
+        for path, checkpoint in found.items()
+        if "mean" in checkpoint and "dense" in checkpoint.get("settings", {})
+    }
+    for checkpoint in found.values():
+        if pruned and "taken" in checkpoint and "mean" not in checkpoint:
+            path, other = pruned.get(digest(checkpoint["net"]), (None, {}))
+            if path:
+                checkpoint |= {name: other[name] for name in ("mean", "std")}
+                checkpoint["taken"] += f", normalized as {path.name}"
+
+
+def _identified(net: dict[str, Tensor]) -> tuple[dict[str, Tensor], models.Match, dict[str, Tensor]]:
+    """The tensors of a known network by its own names, which network it is, and masks. ValueError if none fits.
+
+    Names and shapes decide, before any value is touched.
+    """
+    for name, value in net.items():
+        _check_form(name, value)
+    unknown: ValueError | None = None
+    found: tuple[dict, dict, models.Match] | None = None
+    for plain in foreign.plain_names(net):
+        weights, masks = foreign.split_masks(plain)
+        try:
+            match = models.identify({name: tuple(value.shape) for name, value in weights.items()})
+        except ValueError as error:
+            unknown = error
+            continue
+        if found is None or not match.by_order:  # names say more than the order
+            found = weights, masks, match
+        if not match.by_order:
+            break
+    if found is None:
+        raise unknown or ValueError("holds no weights")
+    weights, masks, match = found
+    masks = {ours: masks[name] for name, ours in match.names.items() if name in masks}
+    return {ours: weights[name] for name, ours in match.names.items()}, match, masks
+
+
+def is_plain(value: object, more: tuple[torch.dtype, ...] = ()) -> bool:
+    """Whether a value is an ordinary tensor on the CPU, of a type that files of ours hold, or of `more`."""
     if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter) or value.is_nested:
         return False
-    return value.layout == torch.strided and value.device.type == "cpu" and value.dtype in DTYPES
+    return value.layout == torch.strided and value.device.type == "cpu" and value.dtype in (*DTYPES, *more)
 
 
 def plain_settings(settings: object) -> bool:
@@ -217,12 +280,12 @@ def same_form(net: dict, expected: dict[str, Tensor]) -> bool:
     )
 
 
-def _check_form(path: Path, name: str, value: Tensor) -> None:
-    """Failure unless a value is an ordinary tensor on the CPU that is as large as the memory it came with."""
-    if not is_plain(value):
-        raise Failure(f"{path} has {name} in a form that is not a plain tensor")
+def _check_form(name: str, value: Tensor) -> None:
+    """ValueError unless a value is an ordinary tensor on the CPU that is as large as the memory it came with."""
+    if not is_plain(value, (torch.bool, torch.uint8, torch.int8) if name.endswith("_mask") else ()):
+        raise ValueError(f"has {name} in a form that is not a plain tensor")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise Failure(f"{path} has {name} in a form that claims more values than the file holds")
+        raise ValueError(f"has {name} in a form that claims more values than the file holds")
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
@@ -236,25 +299,25 @@ CHOICES = {
 WHOLE = ("image_size", "rewind", "epochs", "seed")
 
 
-def _checked_metadata(path: Path, checkpoint: dict) -> dict:
-    """What a checkpoint says of its network; Failure where the form is not that of main.py."""
+def _checked_metadata(checkpoint: dict) -> dict:
+    """What a checkpoint says of its network; ValueError where the form is not that of main.py."""
     found = {name: checkpoint[name] for name in NUMBERS if name in checkpoint}
     for name, value in found.items():
         if isinstance(value, Tensor):
-            _check_form(path, name, value)
+            _check_form(name, value)
             if value.numel() == 1:
                 found[name] = value = value.item()
         if not isinstance(value, (int, float)) or not abs(value) < 1e12:
-            raise Failure(f"{path} is not a checkpoint: its {name} is not a finite number")
+            raise ValueError(f"its {name} is not a finite number")
     if "dtype" in checkpoint and checkpoint["dtype"] not in ("bf16", "fp16"):
-        raise Failure(f"{path} is not a checkpoint: its dtype is unknown")
+        raise ValueError("its dtype is unknown")
     for name in ("mean", "std"):
         values = checkpoint.get(name, [0.5] * 3)
         good = isinstance(values, list) and len(values) == 3 and all(isinstance(value, float) for value in values)
         if not (good and all(0 <= value <= 1 for value in values) and (name == "mean" or min(values) > 0)):
-            raise Failure(f"{path} is not a checkpoint: its {name} is not three fractions")
+            raise ValueError(f"its {name} is not three fractions")
     if ("mean" in checkpoint) != ("std" in checkpoint):
-        raise Failure(f"{path} is not a checkpoint: it has only one of mean and standard deviation")
+        raise ValueError("it has only one of mean and standard deviation")
     if "settings" in checkpoint:
         settings = checkpoint["settings"]
         # The accuracy of a packed network before rounding is not that of the rounded one.
@@ -267,7 +330,7 @@ def _checked_metadata(path: Path, checkpoint: dict) -> dict:
         good = good and all(0 <= settings.get(name, 0) < 1 for name in ("sparsity", "val_fraction"))
         good = good and settings["image_size"] in image_sizes and settings.get("rewind", 0) >= 0
         if not (good and settings.get("epochs", 1) > 0):
-            raise Failure(f"{path} is not a checkpoint: its settings are not in the form that main.py writes")
+            raise ValueError("its settings are not in the form that main.py writes")
     return found
 
 
@@ -283,7 +346,7 @@ def plain_state(network: nn.Module) -> dict[str, Tensor]:
 def build_network(checkpoint: dict) -> nn.Module:
     """The network of a checkpoint from `load_checkpoint`, on the CPU."""
     net = checkpoint["net"]
-    network = models.build(checkpoint["arch"], net["linear.weight"].shape[0])
+    network = models.build(checkpoint["arch"], models.outputs(checkpoint["arch"], net))
     network.load_state_dict({**network.state_dict(), **net})
     return network
 

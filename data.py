@@ -21,6 +21,7 @@ from torch import Tensor
 import cifar
 import image_files
 import memory
+import models
 import utils
 from pixels import Rendering, read_images, to_pixels
 from utils import Failure, derive_seed, difference
@@ -63,6 +64,7 @@ class Dataset:
     left_out: str = ""
     warnings: tuple[str, ...] = ()  # for the user, about the images
     settings: dict[str, Any] = field(default_factory=dict)
+    constants: tuple[list[float], list[float]] | None = None  # mean and std of the command line
     held_out_scores: bool = True  # whether accuracies in files of main.py are of the images in `test`
 
     def training_images(self) -> Split:
@@ -74,6 +76,8 @@ class Dataset:
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, fractions of full scale: those of the command line, else over
         the training images."""
+        if self.constants:
+            return self.constants
         # From exact counts of the 256 values: no rounding, and no copy of the images in floats.
         images = self.training_images().images
         counts = torch.stack([torch.bincount(images[..., c].flatten(), minlength=256) for c in range(3)])
@@ -224,20 +228,34 @@ def of_checkpoints(args: argparse.Namespace, checkpoints: dict[Path, dict]) -> D
         raise Failure("these checkpoints were made with a folder of images: name it with --dataset")
     size, fraction = args.image_size or settings.get("image_size", 32), args.val_fraction
     held_out = settings.get("val_fraction", 0.0)
-    complete = all("mean" in checkpoint and "test_images" in checkpoint for checkpoint in checkpoints.values())
+    # A file of another program does not say which images it was made with.
+    complete = all("test_images" in c or "settings" not in c for c in checkpoints.values())
+    own = sum("mean" in checkpoint for checkpoint in checkpoints.values())
+    if args.mean and own:
+        print(f"--mean and --std are for files without constants of their own, which {own} of {len(checkpoints)} have")
+    complete &= all("mean" in c for c in checkpoints.values()) or bool(args.mean)
     if fraction is None or fraction or not held_out:
         fraction = held_out if fraction is None else fraction
-        return load(name, args.data_dir, size, fraction, not complete, rendering=Rendering.of(settings))
+        images = load(name, args.data_dir, size, fraction, not complete, rendering=Rendering.of(settings))
+        return with_constants(images, args)
     whole = load(name, args.data_dir, size, train=not complete, rendering=Rendering.of(settings))
     if complete:
-        return replace(whole, val_fraction=held_out, held_out_scores=False)
+        return with_constants(replace(whole, val_fraction=held_out, held_out_scores=False), args)
     part = split_validation(whole, held_out)  # its mean and standard deviation are those of the training
-    return replace(part, test=whole.test, held_out_scores=False)
+    return with_constants(replace(part, test=whole.test, held_out_scores=False), args)
+
+
+def with_constants(dataset: Dataset, args: argparse.Namespace) -> Dataset:
+    """The data set, normalized by --mean and --std where the command line has them: then they are settings, too."""
+    if not args.mean:
+        return dataset
+    settings = {name: " ".join(map(str, values)) for name, values in (("mean", args.mean), ("std", args.std))}
+    return replace(dataset, constants=(args.mean, args.std), settings=dataset.settings | settings)
 
 
 def check(path: Path, checkpoint: dict, dataset: Dataset) -> None:
     """Failure when a network cannot be measured on these images."""
-    classes = len(checkpoint["net"]["linear.weight"])
+    classes = models.outputs(checkpoint["arch"], checkpoint["net"])
     if classes != len(dataset.classes):
         raise Failure(f"{path} has {classes} outputs, and {dataset.name} has {len(dataset.classes)} classes")
     settings = checkpoint.get("settings", {})
@@ -249,11 +267,15 @@ def check(path: Path, checkpoint: dict, dataset: Dataset) -> None:
         mine["test_images"], theirs["test_images"] = dataset.test_identity, checkpoint.get("test_images")
     if settings and (other := difference(theirs, mine)):
         raise Failure(f"{path} was made with other images: {other}")
+    try:
+        models.check_size(checkpoint["arch"], classes, dataset.test.images.shape[1])
+    except ValueError as error:
+        raise Failure(f"{path}: {error}") from None
 
 
 def test_batches(checkpoint: dict, dataset: Dataset, device: torch.device) -> "TestBatches":
     """The test images as the network of a checkpoint expects them: normalized by its own constants, where it has
-    them, else by those of the training images."""
+    them, else by those of the command line or of the training images."""
     if "mean" in checkpoint:
         return TestBatches(dataset.test, checkpoint["mean"], checkpoint["std"], device)
     return TestBatches(dataset.test, *dataset.mean_and_std(), device)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import checkpoints
 import data
 import engine
+import foreign
 import pruning
 import utils
 from deployment import packing, tables
@@ -56,6 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--onnx", action="store_true", help="also write an ONNX model with BatchNorm folded")
     parser.add_argument(
+        "--safetensors", action="store_true", help="also write a safetensors file, for other programs; zeros stay in it"
+    )
+    parser.add_argument(
         "--rounds", type=utils.count, default=11, metavar="N", help="how often each runtime is measured"
     )
     parser.add_argument(
@@ -71,6 +75,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise utils.Failure(
             f"argument --threads: {args.threads} is more than the {usable_processors()} processors of this machine"
         )
+    for path in args.checkpoints if args.safetensors else ():
+        if path.suffix == ".safetensors":
+            parser.error(f"argument --safetensors: {path} is such a file already")
     if args.onnx and not importlib.util.find_spec("onnx"):
         raise utils.Failure("argument --onnx: the package onnx is not installed")
     return args
@@ -80,13 +87,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     found = {path: checkpoints.load_checkpoint(path) for path in find(args.checkpoints)}
     directory = report_directory(found)
+    if not args.mean:
+        checkpoints.adopt_constants(found)
     dataset = data.of_checkpoints(args, found)
     for path, checkpoint in found.items():
         data.check(path, checkpoint, dataset)
+        if taken := checkpoints.taken(checkpoint):
+            print(utils.printable(f"{path}: {taken}"))
     size, thread_counts = dataset.test.images.shape[1], sorted({1, args.threads})
     batches = {path: data.test_batches(checkpoint, dataset, torch.device("cpu")) for path, checkpoint in found.items()}
     networks = {path: checkpoints.build_network(checkpoint).eval() for path, checkpoint in found.items()}
     for path, network in networks.items():
+        if args.onnx and not isinstance(network, ResNet):
+            raise utils.Failure(f"argument --onnx: {path} holds a {found[path]['arch']}, and only ResNets are exported")
         check_logits(path, network, size)
     torch.set_num_threads(args.threads)
     print(
@@ -102,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.onnx:
             model = write_onnx(path, found[path], network, dataset, batches[path])
             files.append(File(str(path), "ONNX", model.stat().st_size, plain))
+        if args.safetensors:
+            size_there = write_safetensors(path, found[path], dataset, batches[path]).stat().st_size
+            files.append(File(str(path), "safetensors", size_there, plain))
         runtimes += make_runtimes(path, network, size, args.threads, baselines=path == densest)
     print("\n" + tables.files_table(files))
     time_runtimes(runtimes, size, thread_counts, args.rounds)
@@ -184,6 +200,25 @@ def write_packed(path: Path, checkpoint: dict, plain: int, dtype: str, batches: 
             accuracy = engine.evaluate(checkpoints.build_network(again), batches).accuracy
             files.append(File(str(path), f"packed, {kind} (lossy)", target.stat().st_size, plain, accuracy))
     return files
+
+
+def write_safetensors(path: Path, checkpoint: dict, dataset: data.Dataset, batches: data.TestBatches) -> Path:
+    """Write a network as a safetensors file with what its user needs, read it again and compare."""
+    content = foreign.write_safetensors(
+        checkpoint["net"],
+        arch=checkpoint["arch"],
+        classes=checkpoint.get("classes", dataset.classes),
+        mean=batches.mean.tolist(),
+        std=batches.std.tolist(),
+        **({"accuracy": checkpoint["acc"]} if "acc" in checkpoint else {}),
+    )
+    target = path.with_suffix(".safetensors")
+    if target.exists() and not foreign.is_of_deploy(checkpoints.read(target)):
+        raise utils.Failure(f"{target} exists, and deploy.py did not write it: move it away")
+    checkpoints.write(target, content)
+    if checkpoints.digest(checkpoints.load_checkpoint(target)["net"]) != checkpoints.digest(checkpoint["net"]):
+        raise utils.Failure(f"{target} does not hold the weights of {path}", code=1)
+    return target
 
 
 def write_onnx(path: Path, checkpoint: dict, network: ResNet, dataset: data.Dataset, batches: data.TestBatches) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from utils import Failure, Interrupted, stop_requested
+from utils import Failure, Interrupted, derive_seed, stop_requested
 
 SAVE_SECONDS = 30  # between saved states: a crash loses at most this plus one epoch
 TEMPERATURE, TEACHER_SHARE = 4.0, 0.9  # of distillation, as in Hinton et al. 2015 and most that followed
@@ -80,6 +80,26 @@ class Score:
         return 100 * self.correct / self.images
 
 
+def margin(correct: int, images: int) -> float:
+    """Half the 95 % interval of an accuracy, a fraction (Wilson 1927): test-set sampling error, not seed variation."""
+    z, share = 1.96, correct / images
+    return z * math.sqrt(share * (1 - share) / images + (z / images / 2) ** 2) / (1 + z**2 / images)
+
+
+def doubt(claimed: float | None, score: Score) -> str:
+    """A note where the accuracy that a file of another program claims, in percent, is outside the margin of the images.
+
+    Other test images or other constants of normalization explain that, or an error.
+    """
+    points = 100 * margin(score.correct, score.images)
+    if claimed is None or abs(claimed - score.accuracy) <= points:
+        return ""
+    return (
+        f"its file says {claimed:.2f} %, and {score.accuracy:.2f} % were measured, more than the margin of "
+        f"{points:.2f} points away: were its images normalized by other constants (--mean, --std)?"
+    )
+
+
 @torch.no_grad()
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32) -> Score:
     """Top-1 accuracy and mean cross entropy over all images of `batches`, exact for any batch size."""
@@ -109,6 +129,8 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], dtype
 class Batches(Protocol):
     """Training images, as data.TrainBatches."""
 
+    seed: int
+
     def __len__(self) -> int: ...
 
     def epoch(self, stage: str, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -127,7 +149,7 @@ def fit(
     state: dict | None = None,
     save_state: Callable[[dict], object] = id,
 ) -> list[dict]:
-    """Train `network` in place for `epochs` epochs by `recipe`. Random choices depend on `stage` and epoch.
+    """Train `network` in place for `epochs` epochs by `recipe`. Random choices depend on seed, `stage`, epoch and step.
 
     `after_step` is called after each step of the optimizer; see `Step` for what it may do. `after_epoch` gets the
     history so far, before the state is saved. `save_state` gets the state at the end, after any epoch that ends
@@ -174,6 +196,7 @@ def fit(
     with tqdm(total=steps, initial=done, desc=stage, unit="batch", disable=None, leave=False, mininterval=1) as bar:
         for epoch in range(start, epochs):
             for step, (inputs, labels) in enumerate(batches.epoch(stage, epoch, first), first + 1):
+                seed_dropout(device, batches.seed, stage, epoch, step)
                 train_step(inputs, labels, recipe.lr_at(done / steps))
                 done += 1
                 if ema:
@@ -199,8 +222,20 @@ def fit(
                 saved = time.monotonic()
     if ema:
         ema.copy_to_network()
+        seed_dropout(device, batches.seed, stage, epochs, 0)
         recalibrate_batchnorm(network, batches.epoch(stage, epochs), len(batches), stage, dtype)
     return history
+
+
+def seed_dropout(device: torch.device, *key: object) -> None:
+    """Make the next random choices of a network on a device a function of `key`, so that a resumed training repeats them.
+
+    A replayed CUDA graph takes the seed from the same generator. torch.manual_seed would ask for every device there is.
+    """
+    seed = derive_seed("dropout", *key)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def seconds_per_step(network: nn.Module, batches: Batches, recipe: Recipe, dtype: torch.dtype) -> float:

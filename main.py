@@ -88,7 +88,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "which needs the flag too (lottery tickets, Frankle et al. 2020)",
     )
     add = parser.add_argument_group("training").add_argument
-    add("--arch", choices=models.ARCHITECTURES, default="resnet18", help="network")
+    add(
+        "--arch",
+        type=models.arch,
+        default="resnet18",
+        metavar="NAME",
+        help=f"network: {', '.join(models.NAMES)}, or torchvision:NAME",
+    )
     add("--epochs", type=utils.count, default=200, metavar="N", help="epochs of the dense network")
     add("--lr", type=utils.positive_float, default=0.1, help="highest learning rate")
     add("--batch-size", type=utils.count, default=128, metavar="N", help="images per step")
@@ -171,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     device = utils.choose_device(args.device)
     utils.set_up(device, args.deterministic)
     images = data.load(args.dataset, args.data_dir, args.image_size, args.val_fraction, flip=not args.no_flip)
-    run = Run(args, images, device)
+    run = Run(args, data.with_constants(images, args), device)
     targets = run.plan(experiment, args.force)
     if args.dry_run:
         print(report.plan(run, targets))

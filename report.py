@@ -4,7 +4,6 @@ import argparse
 import csv
 import io
 import itertools
-import math
 import re
 import statistics
 import warnings
@@ -17,6 +16,7 @@ import tabulate
 import checkpoints
 import engine
 import pruning
+from engine import margin
 from run import Run
 from stages import DENSE, Stage
 from utils import printable
@@ -186,12 +186,6 @@ class Row:
             mac_ratio=dense_macs / nonzero_macs if nonzero_macs else None,
             file_bytes=path.stat().st_size,
         )
-
-
-def margin(correct: int, images: int) -> float:
-    """Half the 95 % interval of an accuracy, a fraction (Wilson 1927): test-set sampling error, not seed variation."""
-    z, share = 1.96, correct / images
-    return z * math.sqrt(share * (1 - share) / images + (z / images / 2) ** 2) / (1 + z**2 / images)
 
 
 def write(rows: list[Row], directory: Path) -> None:

@@ -64,6 +64,11 @@ class Run:
             raise Failure(f"argument --exclude: {error}") from None
         if not self.weights:
             raise Failure("argument --exclude: this leaves no layer to prune")
+        try:
+            last = len(images.training_images().labels) % args.batch_size or args.batch_size
+            models.check_size(args.arch, len(images.classes), args.image_size, last)
+        except ValueError as error:
+            raise Failure(f"argument --image-size: {error}") from None
         most = pruning.max_zeros(network, args.allocation, args.exclude)
         for sparsity in args.pr:
             if round(sparsity * self.weights) > most:
@@ -120,12 +125,21 @@ class Run:
         if self.args.pr and path.exists() and self.checkpoint is None:
             self.checkpoint = checkpoints.load_checkpoint(path)
             check_experiment(path, self.checkpoint, self.settings)
+            self.check_constants(path, self.checkpoint)
             self.digest = checkpoints.digest(self.checkpoint["net"])
             network = checkpoints.build_network(self.checkpoint)
             self.zeros, self.all_zeros = (
                 sum(zeros for zeros, _ in pruning.count_zeros(network, exclude).values())
                 for exclude in (self.args.exclude, ())
             )
+
+    def check_constants(self, path: Path, checkpoint: dict) -> None:
+        """Failure when the dense network is for images that are normalized by other constants than this run's."""
+        own = [*checkpoint.get("mean", self.mean), *checkpoint.get("std", self.std)]
+        if max(abs(a - b) for a, b in zip(own, [*self.mean, *self.std])) > 1e-4:
+            mean, std = (" ".join(f"{value:.7g}" for value in checkpoint[name]) for name in ("mean", "std"))
+            flags = f"--mean {mean} --std {std}"
+            raise Failure(f"{path} is for images that are normalized by other constants: {flags} are its own")
 
     def check_zeros(self, targets: list[Stage]) -> None:
         """Failure when the dense network has more zeros than asked for, or has them in the wrong layers."""
@@ -248,14 +262,18 @@ class Run:
     def measure_dense(self) -> str:
         """A line about the network that pruning starts from, whose accuracy is measured if main.py did not."""
         assert self.checkpoint is not None
-        saved = self.checkpoint.get("settings")
+        saved, note = self.checkpoint.get("settings"), ""
+        taken = checkpoints.taken(self.checkpoint)
         if not saved or "acc" not in self.checkpoint:
-            self.checkpoint["acc"] = self.evaluate(self.teacher).accuracy
+            score = self.evaluate(self.teacher)
+            note = engine.doubt(self.checkpoint.get("acc"), score) if taken else ""
+            self.checkpoint["acc"] = score.accuracy
         names = [name for name in ("epochs", "lr", "seed") if saved and name in saved]
-        origin = ", ".join(f"{name} {saved[name]}" for name in names) if saved else "made by another program"
+        origin = taken or ", ".join(f"{name} {saved[name]}" for name in names if saved) or "of an earlier version"
         zeros = f", {self.zeros:,} weights are zero already" if self.zeros else ""
         path, acc = self.args.checkpoint_dir / DENSE, self.checkpoint["acc"]
-        return utils.printable(f"pruning starts from {path} ({origin}): {self.measured} accuracy {acc:.2f} %{zeros}")
+        line = f"pruning starts from {path} ({origin}): {self.measured} accuracy {acc:.2f} %{zeros}"
+        return utils.printable(line) + (f"\nnote: {note}" if note else "")
 
     def after_epoch(self, stage: Stage, network: nn.Module, history: list[dict]) -> None:
         """Log an epoch; keep the weights to rewind to."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoints
+import models
 from engine import Recipe
 from utils import Failure, difference
 
@@ -349,7 +350,7 @@ def check_experiment(path: Path, checkpoint: dict, settings: dict) -> None:
     mine = {name: settings[name] for name in EXPERIMENT}
     # A file that does not say otherwise was trained on all images, including those that are held out.
     theirs = mine | {"val_fraction": 0.0} | {n: v for n, v in checkpoint.get("settings", {}).items() if n in mine}
-    theirs |= {"arch": checkpoint["arch"], "classes": len(checkpoint["net"]["linear.weight"])}
+    theirs |= {"arch": checkpoint["arch"], "classes": models.outputs(checkpoint["arch"], checkpoint["net"])}
     if other := difference(theirs, mine):
         raise Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
 

@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     everything = {path: checkpoint for networks, _ in found for path, checkpoint in networks.items()}
     if not everything:
         return complain([problem for _, problems in found for problem in problems])
+    if not args.mean:
+        checkpoints.adopt_constants(everything)
     images = data.of_checkpoints(args, everything)
     tables, problems = [], []
     for directory, (networks, unreadable) in zip(directories, found):
@@ -99,6 +101,7 @@ def measure(
     rows: list[Row] = []
     layers: dict[str, dict[str, tuple[int, int]]] = {}
     macs: dict[str, dict[str, tuple[int, int]]] = {}
+    notes: list[str] = []
     dense: engine.Score | None = None
     dense_digest = ""
     for path, checkpoint in tqdm(networks.items(), "measuring", leave=False, disable=None):
@@ -122,9 +125,12 @@ def measure(
             problems.append(f"{path} was pruned from another network than {DENSE}: main.py --force makes it again")
             parent = None
         rows.append(Row.of(path, images.name, checkpoint, zeros, counts, score, parent))
+        notes += remarks(path, checkpoint, score)
         problems += contradictions(path, checkpoint, rows[-1], score, parent)
         if path.name == DENSE:
             dense, dense_digest = score, checkpoints.digest(checkpoint["net"])
+    for note in notes:
+        print(utils.printable(note))
     if rows:
         print(report.table(rows))
     if rows and with_layers:
@@ -192,14 +198,20 @@ def contradictions(
     named = float(name["percent"]) if name and name["percent"] else row.sparsity_asked
     if row.sparsity_asked is not None and f"{named:g}" != f"{row.sparsity_asked:g}":
         found.append(f"was made for {row.sparsity_asked:g} %, not for what its name says")
-    # Another program may normalize the images by other constants, which moves its accuracy a little: one point.
-    slack = score.close if ours else score.images / 100
-    if "acc" in checkpoint and not abs(checkpoint["acc"] / 100 * score.images - score.correct) <= slack + 0.5:
-        found.append(f"says its accuracy is {checkpoint['acc']:.2f} %, measured {score.accuracy:.2f} %")
+    acc = checkpoint.get("acc") if ours else None
+    if acc is not None and not abs(acc / 100 * score.images - score.correct) <= score.close + 0.5:
+        found.append(f"says its accuracy is {acc:.2f} %, measured {score.accuracy:.2f} %")
     says = checkpoint.get("dense_acc")
     if dense and says is not None and not abs(says / 100 * dense.images - dense.correct) <= dense.close + 0.5:
         found.append(f"says the dense accuracy is {says:.2f} %, measured {dense.accuracy:.2f} %")
     return [f"{path} {problem}" for problem in found]
+
+
+def remarks(path: Path, checkpoint: dict, score: engine.Score) -> list[str]:
+    """What was taken from a file of another program, and whether its claim is far from what was measured."""
+    taken = checkpoints.taken(checkpoint)
+    doubt = "" if "settings" in checkpoint else engine.doubt(checkpoint.get("acc"), score)
+    return [f"{path}: {taken}"] * bool(taken) + [f"note: {path}: {doubt}"] * bool(doubt)
 
 
 def print_mixed(directories: list[dict[Path, dict]]) -> None:

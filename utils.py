@@ -95,6 +95,12 @@ class Parser(argparse.ArgumentParser):
         # An abbreviation that works today is ambiguous when the next flag is added.
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
 
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        if bool(getattr(found, "mean", None)) != bool(getattr(found, "std", None)):
+            self.error("--mean and --std go together: each channel's mean and standard deviation")
+        return found
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(' '.join(message.split()))}\n")
 
@@ -168,6 +174,21 @@ def add_data_arguments(
         metavar="FRACTION",
         help="hold out this fraction of the training images and measure on them, never on the test images"
         + ("; 0 measures the test images after all" if size is None else ""),
+    )
+    default = "those of the training images" if size else "for files that have none of their own"
+    group.add_argument(
+        "--mean",
+        nargs=3,
+        type=number(float, lambda value: 0 <= value <= 1, "a fraction from 0 to 1"),
+        metavar=("R", "G", "B"),
+        help=f"images are normalized by this mean of each channel, a fraction of full scale (default: {default})",
+    )
+    group.add_argument(
+        "--std",
+        nargs=3,
+        type=number(float, lambda value: 1e-6 <= value <= 1, "a fraction above 0, up to 1"),
+        metavar=("R", "G", "B"),
+        help="the standard deviation that goes with --mean",
     )
     return group
 

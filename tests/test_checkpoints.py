@@ -206,8 +206,8 @@ def changed(**changes: object) -> Callable[[dict], dict]:
 
 
 def more(**entries: object) -> Callable[[dict], dict]:
-    """A checkpoint with more entries beside `net`."""
-    return lambda net: {"net": net} | entries
+    """A checkpoint of ours, by its mark, with more entries beside `net`."""
+    return lambda net: {"format": checkpoints.FORMAT, "net": net} | entries
 
 
 SETTINGS = {"arch": "resnet20", "dataset": "digits", "image_size": 16}
@@ -229,10 +229,12 @@ BAD_FILES = {
         more(acc=Payload("executed")),
         "asks for .*mkdir, not just for tensors and plain values",
     ),
-    "no net": (lambda net: {"state": net}, "it has no 'net'"),
-    "empty net": (lambda _net: {"net": {}}, "it has no 'net'"),
-    "a list": (lambda net: [net], "it has no 'net'"),
-    "not tensors": (lambda _net: {"net": {"conv1.weight": 3}}, "entries that are not tensors"),
+    "no net": (lambda net: {"ema": net}, "it has no 'net', .* it has 'ema'$"),
+    "empty net": (lambda _net: {"net": {}}, "it has no 'net', .* it has 'net'$"),
+    "nothing": (lambda _net: {}, "it has no 'net', .* it has nothing$"),
+    "a list": (lambda net: [net], "it holds a list, not a dictionary with the weights"),
+    "no tensors": (lambda _net: {"net": {"conv1.weight": 3}}, "it has no 'net'"),
+    "not tensors": (lambda net: {"net": net | {"conv1.weight": 3}}, "entries that are not tensors, such as conv1"),
     "names are numbers": (lambda net: {"net": net | {3: torch.zeros(1)}}, "entries that are not tensors"),
     "twice": (lambda net: {"net": net | {"module.bn1.weight": net["bn1.weight"]}}, "both with and without a prefix"),
     "missing key": (changed(bn1__weight=None), "closest is resnet20, but bn1.weight is missing"),
@@ -247,9 +249,13 @@ BAD_FILES = {
     "sparse": (changed(linear__weight=torch.zeros(10, 64).to_sparse()), "linear.weight in a form"),
     "meta": (changed(linear__weight=torch.zeros(10, 64, device="meta")), "linear.weight in a form"),
     "huge": (changed(linear__weight=expanded()), "linear.weight in a form that claims more values"),
-    "no classes": (changed(linear__weight=torch.zeros(0, 64)), "a network with 0 outputs, and not 2 to 65536"),
-    "one class": (changed(linear__weight=torch.zeros(1, 64)), "a network with 1 outputs, and not 2 to 65536"),
-    "many classes": (changed(linear__weight=torch.zeros(2**16 + 1, 64)), "with 65537 outputs, and not 2 to 65536"),
+    **{
+        f"{classes} classes": (
+            changed(linear__weight=torch.zeros(classes, 64), linear__bias=torch.zeros(classes)),
+            f"a network with {classes} outputs, and not 2 to 65536|linear.weight has shape .0, 64.",
+        )
+        for classes in (0, 1, 2**16 + 1)
+    },
     "small storage": (
         changed(linear__weight=torch.zeros(1, 1).expand(2**16, 64), linear__bias=torch.zeros(1).expand(2**16)),
         "linear.weight in a form that claims more values than the file holds",
@@ -259,8 +265,10 @@ BAD_FILES = {
         "bn1.weight in a form that is not a plain tensor",
     ),
     "bytes": (changed(bn1__weight=torch.zeros(16, dtype=torch.uint8)), "bn1.weight in a form that is not a plain"),
-    "accuracy without a value": (more(acc=torch.zeros((), device="meta")), "acc in a form that is not a plain tensor"),
     "terminal commands": (changed(**{"\x1b[31mred": torch.zeros(3)}), r"closest is resnet20, but \\x1b\[31mred is"),
+    "overflow": (changed(bn1__weight=torch.full((16,), 1e300, dtype=torch.float64)), "bn1.weight that are not finite"),
+}
+BAD_METADATA = {
     **{
         f"image size {size}": (with_settings(image_size=size), BAD_SETTINGS)
         for size in (0, -4, 15, 1025, 10**9, 10**400)
@@ -271,7 +279,7 @@ BAD_FILES = {
     },
     "excluded layers are a number": (with_settings(exclude=3), BAD_SETTINGS),
     "excluded layers are unknown": (with_settings(exclude="nowhere"), "no convolution or linear layer nowhere"),
-    "overflow": (changed(bn1__weight=torch.full((16,), 1e300, dtype=torch.float64)), "bn1.weight that are not finite"),
+    "accuracy without a value": (more(acc=torch.zeros((), device="meta")), "acc in a form that is not a plain tensor"),
     "accuracy is text": (more(acc="high"), "acc is not a finite number"),
     "accuracy is huge": (more(acc=10**400), "acc is not a finite number"),
     "accuracy is many": (more(acc=torch.zeros(2)), "acc is not a finite number"),
@@ -312,6 +320,19 @@ def test_a_bad_checkpoint_is_named_with_what_is_wrong(tmp_path, monkeypatch, kin
     torch.save(make(models.build("resnet20", 10).state_dict()), "x.pth")
     refused(tmp_path / "x.pth", message)
     assert os.listdir(tmp_path) == ["x.pth"], "reading a file ran its code"
+
+
+@pytest.mark.parametrize("kind", BAD_METADATA)
+def test_only_files_with_our_mark_are_held_to_our_form(tmp_path, kind):
+    """Of others the network is taken, and what has another form than ours is ignored."""
+    make, message = BAD_METADATA[kind]
+    content = make(models.build("resnet20", 10).state_dict())
+    torch.save(content, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", message)
+    torch.save({name: value for name, value in content.items() if name != "format"}, tmp_path / "x.pth")
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "x.pth")
+    assert checkpoint["taken"] == "net of resnet20" and "settings" not in checkpoint
+    checkpoints.build_network(checkpoint)
 
 
 def test_good_metadata_is_not_refused(tmp_path):
@@ -440,7 +461,7 @@ class Doubling:
 def test_values_that_double_in_size_are_refused(tmp_path):
     value = Doubling(b"x")
     torch.save({"net": value}, tmp_path / "x.pth")
-    refused(tmp_path / "x.pth", r"it asks for _codecs\.encode")
+    refused(tmp_path / "x.pth", r"it asks for _codecs\.encode for more than a number")
 
 
 def test_compressed_entries_are_refused(tmp_path):

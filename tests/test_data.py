@@ -181,7 +181,7 @@ def test_no_file_decides_which_folder_is_read(tmp_path):
 
 
 def arguments(**changes) -> argparse.Namespace:
-    nothing = {"dataset": None, "data_dir": NOWHERE, "image_size": None, "val_fraction": None}
+    nothing = {"dataset": None, "data_dir": NOWHERE, "image_size": None, "val_fraction": None, "mean": None}
     return argparse.Namespace(**nothing | changes)
 
 
@@ -190,8 +190,14 @@ def checkpoint(images: data.Dataset, **settings) -> dict:
     mean, std = images.mean_and_std()
     size = images.train.images.shape[1]
     settings = {"dataset": images.identity, "image_size": size, "val_fraction": images.val_fraction} | settings
-    net = {"linear.weight": torch.zeros(len(images.classes), 3)}
-    return {"net": net, "settings": settings, "mean": mean, "std": std, "test_images": images.test_identity}
+    net = {"linear.bias": torch.zeros(len(images.classes))}
+    own = {"settings": settings, "mean": mean, "std": std, "test_images": images.test_identity}
+    return {"arch": "resnet20", "net": net} | own
+
+
+def foreign(checkpoint: dict) -> dict:
+    """As another program writes it."""
+    return {name: checkpoint[name] for name in ("arch", "net")}
 
 
 FILE = Path("x.pth")
@@ -227,7 +233,7 @@ def test_networks_tuned_on_held_out_images_are_measured_on_them_unless_asked_oth
 def test_training_images_are_read_only_where_a_checkpoint_needs_them(tmp_path):
     folder = write_images(tmp_path / "x", train=3, test=2)
     whole = data.load(str(folder), NOWHERE, 16)
-    new, old = checkpoint(whole), {"net": checkpoint(whole)["net"], "acc": 50.0}
+    new, old = checkpoint(whole), foreign(checkpoint(whole)) | {"acc": 50.0}
     both = arguments(dataset=str(folder), image_size=16)
     assert data.of_checkpoints(both, {FILE: new, Path("y.pth"): old}).train is not None
     shutil.rmtree(folder / "train")
@@ -242,10 +248,10 @@ def test_training_images_are_read_only_where_a_checkpoint_needs_them(tmp_path):
 
 def test_a_network_of_other_classes_or_images_is_refused(digits):
     with pytest.raises(utils.Failure, match=r"^x.pth has 3 outputs, and digits has 10 classes$"):
-        data.check(FILE, {"net": {"linear.weight": torch.zeros(3, 3)}}, digits)
+        data.check(FILE, {"arch": "resnet20", "net": {"linear.bias": torch.zeros(3)}}, digits)
     with pytest.raises(utils.Failure, match=r"other images: val_fraction 0.25 there, 0.0 asked, dataset mine there"):
         data.check(FILE, checkpoint(digits, val_fraction=0.25, dataset="mine"), digits)
-    data.check(FILE, {"net": checkpoint(digits)["net"]}, digits)  # a file of another program says nothing
+    data.check(FILE, foreign(checkpoint(digits)), digits)  # a file of another program says nothing
 
 
 def test_images_are_normalized_by_the_constants_of_the_checkpoint(digits):

@@ -334,7 +334,7 @@ def test_pruning_starts_from_a_pytorch_cifar_checkpoint(experiment, line, tmp_pa
     torch.save({"net": {f"module.{k}": v for k, v in net.items()}, "acc": 99.0, "epoch": 3}, tmp_path / "ckpt.pth")
     before = (tmp_path / "ckpt.pth").read_bytes()
     printed = succeed("main.py", *line, "-pr", "0.5", "-shot", "single")
-    assert "ckpt.pth (made by another program): test accuracy" in printed
+    assert "ckpt.pth (net of resnet20, 99.00 % by its file): test accuracy" in printed
     assert (tmp_path / "ckpt.pth").read_bytes() == before
     name = "50percent_single_ckpt.pth"
     assert (tmp_path / name).read_bytes() == (experiment[0] / name).read_bytes()
