@@ -228,7 +228,7 @@ def fit(
 
 
 def seed_dropout(device: torch.device, *key: object) -> None:
-    """Make the next random choices of a network on a device a function of `key`, so that a resumed training repeats them.
+    """Make the next random choices of a network a function of `key`, so that a resumed training repeats them.
 
     A replayed CUDA graph takes the seed from the same generator. torch.manual_seed would ask for every device there is.
     """

@@ -12,12 +12,13 @@
                (the compressed bytes of each part)
     5 parts    metadata, others, mask, exponents, mantissas; each is one zlib stream
 
-`metadata` is the rest of the checkpoint in JSON. `mask` has one bit for each Conv2d and Linear weight, in the order of
-the network's state_dict, lowest bit of a byte first. A set bit means that the weight is stored, so -0.0 is stored and
-+0.0 is not. A stored weight is rotated left by one bit (exponent first, sign last) and cut into bytes: `exponents`
-holds the highest byte of each weight, `mantissas` all their lowest bytes, then all their second lowest, and so on.
-Exponents compress well, mantissas do not. `others` holds the remaining float tensors in the same way, lowest bytes
-first, and then the int64 counters, not rotated. The header names the network, and the network defines names and shapes.
+`metadata` is the rest of the checkpoint in JSON. `mask` has one bit for each weight of the Conv2d and Linear layers, in
+the order of the network's state_dict, lowest bit of a byte first. A set bit means that the weight is stored, so -0.0 is
+stored and +0.0 is not. A stored weight is rotated left by one bit (exponent first, sign last) and cut into bytes:
+`exponents` holds the highest byte of each weight, `mantissas` all their lowest bytes, then all their second lowest, and
+so on. Exponents compress well, mantissas do not. `others` holds the remaining float tensors in the same way, lowest
+bytes first, and then the int64 tensors, which are counters and indices, not rotated. The header names the network, and
+the network defines names, shapes and types.
 """
 
 import hashlib
@@ -26,12 +27,15 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import models
+import pruning
+from models.identification import COUNTER
 from utils import Failure
 
 MAGIC = b"\x89PRUNED\n"
@@ -72,17 +76,14 @@ def unpack(content: bytes) -> dict:
         raise Failure(f"not a packed network, although its checksum is right: {error!s:.80}") from None
 
 
-def layout(arch: str, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a network, by name, in the order of its state_dict. It allocates no memory."""
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in models.build(arch, classes).state_dict().items()}
-
-
-def groups(shapes: dict[str, tuple[int, ...]]) -> tuple[list[str], list[str], list[str]]:
-    """The names of a layout in three groups: weights of Conv2d and Linear layers, other float tensors, counters."""
-    weights = [name for name, shape in shapes.items() if len(shape) > 1]
-    counters = [name for name in shapes if name.endswith("num_batches_tracked")]
-    return weights, [name for name in shapes if name not in (*weights, *counters)], counters
+def groups(arch: str, classes: int, absent: Collection[str] = ()) -> tuple[list[str], list[str], list[str]]:
+    """The names of a network's tensors, but for absent ones, in three groups: weights of its Conv2d and Linear layers,
+    other float tensors, int64 tensors."""
+    layers = pruning.prunable(models.empty(arch, classes))
+    state = {name: value for name, value in models.state(arch, classes).items() if name not in absent}
+    weights = [name for name in state if name in layers]
+    floats = [name for name, value in state.items() if value.is_floating_point() and name not in layers]
+    return weights, floats, [name for name, value in state.items() if not value.is_floating_point()]
 
 
 def _split(content: bytes) -> tuple[dict, list[bytes]]:
@@ -117,8 +118,9 @@ def _split(content: bytes) -> tuple[dict, list[bytes]]:
 
 def _decode(header: dict, parts: list[bytes]) -> dict:
     metadata, others, mask, exponents, mantissas = parts
-    shapes, dtype = _check_header(header)
-    weights, floats, counters = groups(shapes)
+    arch, classes, dtype, absent = _check_header(header)
+    weights, floats, integers = groups(arch, classes, absent)
+    shapes = {name: shape for name, shape in models.shapes(arch, classes).items() if name not in absent}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
 
     total = sum(sizes[name] for name in weights)
@@ -134,10 +136,10 @@ def _decode(header: dict, parts: list[bytes]) -> dict:
         arrays[name][layer] = value
 
     float_bytes = 4 * sum(sizes[name] for name in floats)
-    content = _inflate(others, float_bytes + 8 * len(counters))
+    content = _inflate(others, float_bytes + 8 * sum(sizes[name] for name in integers))
     for names, array in (
         (floats, _to_floats(_join(content[:float_bytes], 4), "fp32")),
-        (counters, _join(content[float_bytes:], 8).view("<i8")),
+        (integers, _join(content[float_bytes:], 8).view("<i8")),
     ):
         arrays |= zip(names, np.split(array, np.cumsum([sizes[name] for name in names])[:-1]))
 
@@ -145,17 +147,16 @@ def _decode(header: dict, parts: list[bytes]) -> dict:
     return {**_read_metadata(metadata), **({} if dtype == "fp32" else {"dtype": dtype}), "net": net}
 
 
-def _check_header(header: dict) -> tuple[dict[str, tuple[int, ...]], str]:
-    """The layout of the stored tensors and the type of the stored weights."""
+def _check_header(header: dict) -> tuple[str, int, str, set[str]]:
+    """Network, number of classes, type of the stored weights, and the names of the counters that are not stored."""
     arch, classes, dtype, absent = (header[key] for key in ("arch", "classes", "dtype", "absent"))
-    if arch not in models.ARCHITECTURES or dtype not in DTYPES:
+    if not isinstance(arch, str) or dtype not in DTYPES:
         raise ValueError("unknown network or type")
     if type(classes) is not int or not 2 <= classes <= MAX_CLASSES:
         raise ValueError("wrong number of classes")
-    shapes = layout(arch, classes)
-    if not set(absent) <= set(groups(shapes)[2]):
+    if not set(absent) <= {name for name in models.state(arch, classes) if name.endswith(COUNTER)}:
         raise ValueError("missing tensors")
-    return {name: shape for name, shape in shapes.items() if name not in absent}, dtype
+    return arch, classes, dtype, set(absent)
 
 
 def _read_metadata(part: bytes) -> dict:

@@ -8,11 +8,14 @@ has its ordinary parameters. A weight that is zero counts as pruned, so masks ca
 from collections.abc import Callable, Collection
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 Masks = dict[str, Tensor]
 MAX_LEVELS = 1000  # of iterative pruning
+PRODUCTS = (torch.conv2d, F.linear, F.multi_head_attention_forward)
 ALLOCATIONS = ("global", "uniform", "erk", "lamp")
 
 
@@ -180,22 +183,39 @@ def count_macs(network: nn.Module, image_size: int) -> dict[str, tuple[int, int]
     By the name of its weight: all MACs, and those whose weight is not zero. Padding counts; biases, additions and
     BatchNorm do not. Dense MACs over nonzero MACs are an upper bound on the speed-up.
     """
-    pixels = {}
-
-    def count_pixels(name: str, output: Tensor) -> None:
-        pixels[f"{name}.weight"] = output[0].numel() // output.shape[1]
-
-    hooks = [
-        module.register_forward_hook(lambda _module, _input, output, name=name: count_pixels(name, output))
-        for name, module in network.named_modules()
-        if f"{name}.weight" in prunable(network)
-    ]
-    # On the meta device only shapes are computed, and no statistics are touched.
+    weights = prunable(network)
+    # On the meta device only shapes are computed, and no statistics are touched. In two images no BatchNorm is short
+    # of values.
     shapes = {name: torch.empty_like(value, device="meta") for name, value in network.state_dict().items()}
-    torch.func.functional_call(network, shapes, torch.empty(2, 3, image_size, image_size, device="meta"))
-    for hook in hooks:
-        hook.remove()
+    with _CountProducts({id(shapes[name]): name for name in weights}) as pixels:
+        torch.func.functional_call(network, shapes, torch.empty(2, 3, image_size, image_size, device="meta"))
     return {
-        name: (weight.numel() * pixels[name], int(weight.count_nonzero()) * pixels[name])
-        for name, weight in prunable(network).items()
+        name: (weight.numel() * pixels[name] // 2, int(weight.count_nonzero()) * pixels[name] // 2)
+        for name, weight in weights.items()
     }
+
+
+class _CountProducts(TorchFunctionMode):
+    """Counts how often each weight is multiplied, by name: the vectors that a convolution or a product puts out.
+
+    Modules are not asked, because attention uses the weights of its layers without calling these.
+    """
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names = names  # by the identity of the weight
+        self.counts = dict.fromkeys(names.values(), 0)
+
+    def __enter__(self) -> dict[str, int]:
+        super().__enter__()
+        return self.counts
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in PRODUCTS:
+            vectors = output[0] if isinstance(output, tuple) else output
+            for value in (*args, *kwargs.values()):
+                if name := self.names.get(id(value)):
+                    self.counts[name] += vectors.numel() // len(value)
+        return output

@@ -46,6 +46,7 @@ import engine
 import models
 import pruning
 import utils
+from models import resnet
 
 EPOCH = 50_000  # images
 SPARSITY = 0.9
@@ -55,7 +56,7 @@ Arch = str | tuple[type, tuple[int, ...], tuple[int, ...]]  # a name, or block, 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description="Time a classic training loop and this program's loop in turn.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: two minutes on two CPU cores")
-    parser.add_argument("--arch", choices=models.ARCHITECTURES, default="resnet18", help="network")
+    parser.add_argument("--arch", choices=resnet.NETWORKS, default="resnet18", help="network")
     parser.add_argument("--batch-size", type=utils.count, default=128, metavar="N", help="images per step")
     parser.add_argument("--rounds", type=utils.count, metavar="N", help="(default: 5, quick: 2)")
     parser.add_argument("--no-growth", action="store_true", help="do not measure how the cost grows")
@@ -351,7 +352,7 @@ def growth_tables(args: argparse.Namespace, dtype: torch.dtype) -> str:
         return OurLoop(changed, dataset, dtype).time(steps) / steps * EPOCH / batch_size
 
     sizes = [args.batch_size // 4, args.batch_size // 2, args.batch_size, args.batch_size * 2][: 3 if args.quick else 4]
-    block, depths, widths = models.ARCHITECTURES[args.arch]
+    block, depths, widths = resnet.NETWORKS[args.arch].args
     factors = (0.25, 0.5, 1, 2) if gpu or not args.quick else (0.25, 0.5, 1)
     counts = [12_500, 25_000, 50_000] if gpu else [128, 256] if args.quick else [1000, 2000, 4000]
     tables = [

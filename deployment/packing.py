@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import models
@@ -39,17 +38,15 @@ def pack(checkpoint: dict, dtype: str = "fp32") -> bytes:
     """
     if checkpoint.get("dtype", dtype) != dtype:
         raise Failure(f"the network was rounded to {checkpoint['dtype']}: it cannot be packed as {dtype}")
-    net = checkpoint["net"]
-    arch, classes = _identify(net)
-    shapes = packed.layout(arch, classes)
-    absent = [key for key in shapes if key not in net]  # models.identify lets only counters be absent
-    weights, floats, counters = packed.groups({key: shape for key, shape in shapes.items() if key in net})
+    arch, classes, net = _identify(checkpoint["net"])
+    absent = [key for key in models.state(arch, classes) if key not in net]  # models.identify lets only counters be
+    weights, floats, integers = packed.groups(arch, classes, absent)
     stored = [_words(net[key]) != 0 for key in weights]  # compared as bits, so that -0.0 is stored
     words = [_round(key, _words(net[key])[mask], dtype) for key, mask in zip(weights, stored)]
     *mantissas, exponents = _planes(_rotate(np.concatenate(words)))
     others = _planes(_rotate(np.concatenate([_words(net[key]) for key in floats]))).tobytes()
-    if counters:
-        others += _planes(np.array([net[key].item() for key in counters], "<i8")).tobytes()
+    if integers:
+        others += _planes(np.concatenate([net[key].numpy().reshape(-1) for key in integers]).astype("<i8")).tobytes()
     mask = np.packbits(np.concatenate(stored), bitorder="little").tobytes()
     parts = [
         _deflate(_metadata(checkpoint, dtype)),
@@ -65,22 +62,23 @@ def pack(checkpoint: dict, dtype: str = "fp32") -> bytes:
     return _assemble(json.dumps(header).encode(), parts)
 
 
-def _identify(net: dict[str, Tensor]) -> tuple[str, int]:
-    """Architecture and number of classes of a state_dict that can be packed; Failure for others."""
+def _identify(net: dict[str, Tensor]) -> tuple[str, int, dict[str, Tensor]]:
+    """Architecture, number of classes and tensors by name of a state_dict that can be packed; Failure for others."""
     try:
-        arch = models.identify(net)
+        match = models.identify({key: tuple(value.shape) for key, value in net.items()})
     except ValueError as error:
         raise Failure(f"the network {error}") from None
-    for key, value in net.items():
-        dtype = torch.int64 if key.endswith("num_batches_tracked") else torch.float32
-        if value.dtype != dtype:
-            raise Failure(f"{key} is {value.dtype}, not {dtype}")
-        if not value.isfinite().all():
-            raise Failure(f"{key} contains NaN or inf")
-    classes = len(net["linear.weight"])
+    net = {match.names[key]: value for key, value in net.items()}
+    classes = models.outputs(match.arch, net)
     if classes > packed.MAX_CLASSES:
         raise Failure(f"a network with {classes} classes cannot be packed: the limit is {packed.MAX_CLASSES}")
-    return arch, classes
+    expected = models.state(match.arch, classes)
+    for key, value in net.items():
+        if value.dtype != expected[key].dtype:
+            raise Failure(f"{key} is {value.dtype}, not {expected[key].dtype}")
+        if not value.isfinite().all():
+            raise Failure(f"{key} contains NaN or inf")
+    return match.arch, classes, net
 
 
 def _metadata(checkpoint: dict, dtype: str) -> bytes:

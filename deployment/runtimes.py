@@ -55,21 +55,26 @@ class Runtime:
         return (times[tenth], statistics.median(times), times[-1 - tenth]) if times else None
 
 
-def make_runtimes(path: Path, network: ResNet, size: int, threads: int, baselines: bool) -> list[Runtime]:
+def make_runtimes(path: Path, network: nn.Module, size: int, threads: int, baselines: bool) -> list[Runtime]:
     """The runtimes of a network for images of `size` x `size` pixels.
 
-    With `baselines`, they include those whose speed does not depend on zeros.
+    With `baselines`, they include those whose speed does not depend on zeros. Networks other than ResNets have only
+    PyTorch, and a line on standard error says so.
     """
-    small = remove_dead_channels(network)
     reference = in_pytorch(network)
     sparsity, runtimes = 100 * pruning.sparsity(network), []
 
-    def add(name: str, network: ResNet, make: Callable[[int], Function | None], accuracy: bool = False) -> None:
+    def add(name: str, network: nn.Module, make: Callable[[int], Function | None], accuracy: bool = False) -> None:
         nonzeros = sum(int(value.count_nonzero()) for value in network.parameters())
         macs = sum(nonzero for _, nonzero in pruning.count_macs(network, size).values())
         runtimes.append(Runtime(str(path), name, sparsity, nonzeros, macs, make, reference, accuracy))
 
     add("PyTorch fp32", network, lambda _: reference, accuracy=True)
+    if not isinstance(network, ResNet):
+        reason = "only ResNets can lose dead channels, be exported and run in the sparse engine"
+        print(f"deploy.py: {path} is packed, and timed in PyTorch alone: {reason}", file=sys.stderr)
+        return runtimes
+    small = remove_dead_channels(network)
     if baselines:
         channels_last = fold(network).to(memory_format=torch.channels_last)
         add("PyTorch fp32, folded, channels_last", network, lambda _: in_pytorch(channels_last))

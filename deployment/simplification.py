@@ -13,8 +13,9 @@ from models.resnet import BasicBlock, Bottleneck, ResNet
 def fold(network: ResNet) -> ResNet:
     """A copy for evaluation with each BatchNorm folded into the convolution before it (Jacob et al. 2018).
 
-    Logits stay the same up to rounding. Folding a folded network changes nothing.
+    Logits stay the same up to rounding. Folding a folded network changes nothing. ValueError for other networks.
     """
+    _check(network)
     network = copy.deepcopy(network).eval()
     for module in list(network.modules()):
         if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
@@ -35,8 +36,9 @@ def remove_dead_channels(network: ResNet) -> ResNet:
     If the constant is 0, or if the next convolution does not read the channel, the channel is removed. The other
     constant channels of a layer are merged into one channel that is 1 everywhere. The next convolution's weight for it
     is the sum of their weights, each times its constant. That convolution pads the merged channel with zeros as it
-    padded the original ones, so the logits are exact at image borders, too.
+    padded the original ones, so the logits are exact at image borders, too. ValueError for other networks.
     """
+    _check(network)
     network = copy.deepcopy(network).eval()
     for block in network.modules():
         if isinstance(block, BasicBlock):
@@ -52,6 +54,11 @@ def remove_dead_channels(network: ResNet) -> ResNet:
             setattr(block, f"bn{first}", bn)
             setattr(block, f"conv{second}", after)
     return network
+
+
+def _check(network: nn.Module) -> None:
+    if not isinstance(network, ResNet):
+        raise ValueError(f"only the ResNets of models/ can be simplified, not {type(network).__name__}")
 
 
 def _without_dead_channels(

@@ -1,48 +1,102 @@
-"""The networks, by name."""
+"""The networks, by name: ours, one file a family, and the classifiers of torchvision as `torchvision:NAME`."""
+
+import argparse
+import difflib
+from collections.abc import Callable
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.resnet import BasicBlock, Bottleneck, PaddedBlock, ResNet
+from models import densenet, identification, mobilenet, resnet, torchvision_networks, vgg, wide_resnet
+from models.identification import Match, Shapes
+from models.resnet import ResNet
 
-# block, blocks of each stage, channels of each stage
-ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
-    "resnet20": (PaddedBlock, (3, 3, 3), (16, 32, 64)),
-    "resnet20-projection": (BasicBlock, (3, 3, 3), (16, 32, 64)),
+__all__ = [
+    "ARCHITECTURES", "NAMES", "Match", "ResNet", "arch", "build", "check_size", "empty", "identify", "outputs",
+    "shapes", "state",
+]  # fmt: skip
+
+# From a number of classes to a network with fresh weights.
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    **resnet.NETWORKS,
+    **vgg.NETWORKS,
+    **wide_resnet.NETWORKS,
+    **mobilenet.NETWORKS,
+    **densenet.NETWORKS,
 }
+NAMES = tuple(ARCHITECTURES)
 
 
-def build(arch: str, classes: int) -> ResNet:
-    """A network with fresh weights from torch's global generator; KeyError on an unknown name."""
-    return ResNet(*ARCHITECTURES[arch], classes)
+def arch(text: str) -> str:
+    """The name of a network, as an argparse type."""
+    if text in NAMES or (text.startswith(torchvision_networks.PREFIX) and text in torchvision_networks.names()):
+        return text
+    known = [*NAMES, *torchvision_networks.names()]
+    close = difflib.get_close_matches(text, known, 3, 0.5)
+    close += [name for name in known if name.removeprefix(torchvision_networks.PREFIX) == text and name not in close]
+    raise argparse.ArgumentTypeError(f"{text!r} is no known network{'; close to it: ' * bool(close)}{', '.join(close)}")
 
 
-def identify(state: dict[str, Tensor]) -> str:
-    """The name of the architecture whose parameters have exactly the names and shapes of `state`.
+def build(arch: str, classes: int) -> nn.Module:
+    """A network with fresh weights from torch's global generator: (N, 3, H, W) images -> (N, classes) logits.
 
-    Raises ValueError when no architecture fits, naming the closest one and the first difference.
+    Raises KeyError on an unknown name.
     """
-    linear = state.get("linear.weight")
-    classes = linear.shape[0] if linear is not None and linear.dim() == 2 else 10
-    differences = {}
-    for arch in ARCHITECTURES:
-        with torch.device("meta"):
-            expected = {name: tuple(value.shape) for name, value in build(arch, classes).state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        # Files written before PyTorch 0.4.1 have no such counters, and nothing here uses them.
-        missing = [f"{n} is missing" for n in expected if n not in found and not n.endswith("num_batches_tracked")]
-        extra = [f"{n} is unknown" for n in found if n not in expected]
-        shapes = [
-            f"{n} has shape {found[n]}, not {expected[n]}" for n in expected if n in found and found[n] != expected[n]
-        ]
-        differences[arch] = missing + extra + shapes
-        if not differences[arch]:
-            return arch
-    closest = min(differences, key=lambda arch: len(differences[arch]))
-    first, others = differences[closest][0], len(differences[closest]) - 1
-    raise ValueError(
-        f"fits no known network; closest is {closest}, but {first}" + (f" (and {others} more)" if others else "")
-    )
+    if arch.startswith(torchvision_networks.PREFIX):
+        return torchvision_networks.build(arch, classes)
+    return ARCHITECTURES[arch](classes)
+
+
+def empty(arch: str, classes: int) -> nn.Module:
+    """A network on the meta device, where it has shapes but no values and takes no memory."""
+    if arch.startswith(torchvision_networks.PREFIX):
+        return torchvision_networks.empty(arch, classes)
+    with torch.device("meta"):
+        return build(arch, classes)
+
+
+@cache
+def state(arch: str, classes: int) -> dict[str, Tensor]:
+    """The state_dict of a network on the meta device: names, shapes and types, no values."""
+    return empty(arch, classes).state_dict()
+
+
+@cache
+def shapes(arch: str, classes: int) -> dict[str, torch.Size]:
+    """The shape of each tensor of a network, by name, in the order of its state_dict."""
+    return {name: value.shape for name, value in state(arch, classes).items()}
+
+
+def outputs(arch: str, net: dict[str, Tensor]) -> int:
+    """The number of classes of a state_dict of an architecture: the length of the last parameter."""
+    return len(net[_last(arch)])
+
+
+@cache
+def _last(arch: str) -> str:
+    return list(state(arch, 2))[-1]
+
+
+def identify(file: Shapes) -> Match:
+    """The network that has these tensors, under whatever names; `models.identification` says how they are compared.
+
+    Raises ValueError when none fits, naming the closest and the first difference after renaming.
+    """
+    return identification.identify(file, NAMES, torchvision_networks.names, shapes)
+
+
+def check_size(arch: str, classes: int, size: int, images: int = 2) -> None:
+    """ValueError when a network cannot be trained on batches of so many images of `size` x `size` pixels.
+
+    Nothing is computed but shapes. It takes a second for the largest networks.
+    """
+    network = empty(arch, classes).train()
+    try:
+        network(torch.empty(images, 3, size, size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError, ArithmeticError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        if "more than 1 value per channel" in reason:
+            reason = "BatchNorm needs more than one value per channel, so choose another batch size"
+        what = f"{images} image{'s' * (images != 1)} of {size}x{size} pixels"
+        raise ValueError(f"{arch} cannot be trained on batches of {what}: {reason:.200}") from None

@@ -4,6 +4,8 @@ The stem is one 3x3 convolution without pooling, so a 32x32 image keeps its reso
 names are those of the widely used pytorch-cifar networks: checkpoints load both ways.
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -108,3 +110,14 @@ class ResNet(nn.Module):
             out = getattr(self, stage)(out)
         # A mean, not adaptive_avg_pool2d: the same pooling, but its backward is deterministic on CUDA too.
         return self.linear(out.mean((2, 3)))
+
+
+NETWORKS = {
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
+}
+# The paper's networks for CIFAR-10 have 6 n + 2 layers and shortcuts without parameters.
+for suffix, block in ("", PaddedBlock), ("-projection", BasicBlock):
+    for depth in 20, 32, 44, 56, 110:
+        NETWORKS[f"resnet{depth}{suffix}"] = partial(ResNet, block, ((depth - 2) // 6,) * 3, (16, 32, 64))

@@ -1,5 +1,6 @@
 """Training trains, evaluation is exact, an interrupted training ends on the same bits, fast steps equal slow ones."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -279,6 +280,47 @@ def test_a_signal_stops_an_evaluation(monkeypatch):
 
 
 # --- States --------------------------------------------------------------------------------------------------------
+
+
+def with_dropout() -> nn.Module:
+    torch.manual_seed(0)
+    before = nn.Conv2d(3, 8, 3, 2), nn.Dropout(0.3), nn.BatchNorm2d(8)
+    return engine.to_device(nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)), CPU)
+
+
+@pytest.mark.parametrize("recipe", [DENSE, RETRAIN])
+def test_dropout_is_the_same_after_resuming_at_any_step(recipe, monkeypatch):
+    """It depends on the seed, the stage, the epoch and the step, and not on what was drawn before."""
+    whole, saved, resumed = with_dropout(), [], None
+    history = fit(whole, recipe)
+    left = [True] * 6
+    monkeypatch.setattr(engine, "stop_requested", lambda: bool(left) and left.pop())
+
+    def save_state(state: dict) -> None:
+        saved.append(copy.deepcopy(state))
+
+    while resumed is None:
+        network = with_dropout()
+        torch.manual_seed(len(saved))
+        with contextlib.suppress(utils.Interrupted):
+            resumed = fit(network, recipe, state=saved[-1] if saved else None, save_state=save_state)
+    assert len([state for state in saved if state["step"]]) == 6
+    assert resumed == history
+    assert same(network, whole)
+    others = with_dropout(), with_dropout()
+    fit(others[0], recipe, seed=1)
+    for module in others[1].modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    fit(others[1], recipe)
+    assert not same(others[0], whole) and not same(others[1], whole)
+
+
+def test_no_two_steps_drop_the_same():
+    network, kept = with_dropout(), []
+    network[1].register_forward_hook(lambda _module, _input, output: kept.append(output[:1, :, :4, :4] != 0))
+    fit(network)
+    assert len({tuple(mask.flatten().tolist()) for mask in kept}) == 6
 
 
 @pytest.mark.parametrize("recipe", [DENSE, RETRAIN])
