@@ -113,7 +113,7 @@ def _load(path: Path) -> tuple[object, str]:
             return packed.unpack(content), "packed"
         if foreign.is_safetensors(content):
             return foreign.read_safetensors(content), "safetensors"
-        if what := refusals.describe(content):
+        if what := refusals.describe(content, path):
             raise Failure(what)
         archive, pickled = _verified(content)
         # The text of a file of Python 2 may be the bytes of a number.
@@ -123,7 +123,7 @@ def _load(path: Path) -> tuple[object, str]:
         raise Failure(f"{path} is not a checkpoint that can be loaded: {failure}") from None
     except Exception as error:  # torch's reader and unpickler raise many kinds of error on foreign bytes
         asked = str(error) if isinstance(error, foreign.Unsafe) else ""
-        reason = refusals.refused(pickled, asked) or "damaged or not one"
+        reason = refusals.refused(pickled, path, asked) or "damaged or not one"
         raise Failure(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
 
 

@@ -131,7 +131,7 @@ class Found:
 def find(content: object) -> Found:
     """The state_dict in what a file holds; ValueError when there is none, saying what there is."""
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dictionary with the weights of a network")
+        raise ValueError(f"holds a {type(content).__name__}, not a dictionary with the weights of a network")
     places = [place for name in CONTAINERS for place in _states(name, content.get(name))]
     if not places and _is_state(content):
         places = [("bare state_dict", {name: value for name, value in content.items() if _is_weight(name, value)})]
@@ -140,14 +140,15 @@ def find(content: object) -> Found:
         places = [place for name in unknown for place in _states(name, content[name])]
         places = places if len(places) == 1 else []
     if not places:
-        names = ", ".join(f"'{name!s:.40}'" for name in list(content)[:5]) or "nothing"
+        names = ", ".join(f"{name!r:.40}" for name in list(content)[:5]) or "nothing"
+        advice = next((f": to take {name!r:.40}, save it alone" for name in content if _is_state(content[name])), "")
         raise ValueError(
-            "it has no 'net', 'state_dict', 'model' or 'model_state_dict' with the weights of a network, and no such "
-            f"weights by themselves; it has {names}{' and more' if len(content) > 5 else ''}"
+            "holds no network: no 'net', 'state_dict', 'model' or 'model_state_dict' with weights, and no weights by "
+            f"themselves; it has {names}{' and more' if len(content) > 5 else ''}{advice}"
         )
     form, net = places[0]
     if wrong := [name for name, value in net.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
-        raise ValueError(f"its '{form}' has entries that are not tensors, such as {wrong[0]!s:.40}")
+        raise ValueError(f"has entries in its '{form}' that are not tensors, such as {wrong[0]!s:.40}")
     net = {name: value for name, value in net.items() if not name.endswith(PROFILED)}
     return Found(form, net, content, [other for other, _ in places[1:]])
 

@@ -4,8 +4,10 @@ import io
 import itertools
 import pickletools
 import re
+import shlex
 import tarfile
 import zipfile
+from pathlib import Path
 
 from foreign import CONTAINERS
 
@@ -29,7 +31,7 @@ TENSORFLOW = "a file of TensorFlow: only weights of PyTorch are read"
 TABLE_END = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # of the index of a TensorFlow checkpoint
 
 
-def describe(content: bytes) -> str:
+def describe(content: bytes, path: Path) -> str:
     """What the bytes of a file are and what to do about it, if they are known to be no checkpoint; else nothing."""
     start = content[:1024]
     if not content:
@@ -40,9 +42,9 @@ def describe(content: bytes) -> str:
         if start.startswith(beginning):
             return f"it is {what}"
     if re.match(rb"\s*(?:\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml)", start, re.IGNORECASE):
-        return "it is an HTML page, not the file that it leads to: download that"
+        return "it is an HTML or XML page, not the file that it leads to: download that"
     if start.startswith(b"PK"):
-        return _describe_zip(content)
+        return _describe_zip(content, path)
     if content[257:262] == b"ustar":
         return _describe_tar(content)
     if content.endswith(TABLE_END) or start[4:8] == b"TFL3" or start.startswith(b"\x08\x01\x12"):
@@ -58,7 +60,7 @@ def describe(content: bytes) -> str:
     return ""
 
 
-def _describe_zip(content: bytes) -> str:
+def _describe_zip(content: bytes, path: Path) -> str:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = archive.namelist()
@@ -66,8 +68,8 @@ def _describe_zip(content: bytes) -> str:
         return ""
     ends = {name.rpartition("/")[2] for name in names}
     if any("/code/" in f"/{name}" for name in names) or "constants.pkl" in ends:
-        again = "torch.save(torch.jit.load('FILE', map_location='cpu').state_dict(), 'ckpt.pth')"
-        return f"it is a TorchScript archive, which holds code: save its weights, {again}"
+        again = command("torch.jit.load(sys.argv[1], map_location='cpu').state_dict()", path)
+        return f"it is a TorchScript archive, which holds code: save its weights by {again}"
     if "data.pkl" in ends or any("/data/" in name for name in names):
         return ""  # torch.save wrote it, or its damaged remains
     if any(name.endswith(".weights.h5") for name in ends):
@@ -103,25 +105,29 @@ PLAIN = re.compile(
 )
 
 
-def refused(pickled: bytes, asked: str = "") -> str:
+def refused(pickled: bytes, path: Path, asked: str = "") -> str:
     """Why PyTorch's reader refused a pickle, and what to do, if that is what it asks for; else nothing."""
     names, texts, first, protocol = _read_pickle(pickled)
     names = [asked] * bool(asked) + names
     if not names:
         return "" if protocol < 3 else f"it is pickled by protocol {protocol}: load and save it again with PyTorch"
     trust = "only if you trust its origin, because that runs code of the file"
-    load = "torch.load('FILE', map_location='cpu', weights_only=False)"
+    load = "torch.load(sys.argv[1], map_location='cpu', weights_only=False)"
     if any(name.startswith(("torch.nn.modules.", "torch.nn.parallel.")) for name in names):
         own = [name for name in names if not name.startswith("torch.nn.")]
         entry = "" if first else next((f"['{key}']" for key in CONTAINERS if key in texts), "")
-        again = f"torch.save({load}{entry}.state_dict(), 'ckpt.pth')"
         return (
             f"it holds a whole network, pickled as {(own or names)[0]}, not just its weights: where that class can be "
-            f"imported, save its weights, {again}, {trust}"
+            f"imported, save its weights by {command(f'{load}{entry}.state_dict()', path)}, {trust}"
         )
     entry = next((f"['{key}']" for key in CONTAINERS if key in texts), "")
-    again = f"torch.save({load}{entry}, 'ckpt.pth')"
-    return f"it asks for {names[0]}, not just for tensors and plain values: save its weights alone, {again}, {trust}"
+    again = command(load + entry, path)
+    return f"it asks for {names[0]}, not just for tensors and plain values: save its weights alone by {again}, {trust}"
+
+
+def command(weights: str, path: Path) -> str:
+    """A command line that saves what a Python expression about a file, its argument, gives."""
+    return f"python -c \"import sys, torch; torch.save({weights}, 'weights.pth')\" {shlex.quote(str(path))}"
 
 
 def _asks_for(content: bytes) -> str:

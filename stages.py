@@ -352,7 +352,8 @@ def check_experiment(path: Path, checkpoint: dict, settings: dict) -> None:
     theirs = mine | {"val_fraction": 0.0} | {n: v for n, v in checkpoint.get("settings", {}).items() if n in mine}
     theirs |= {"arch": checkpoint["arch"], "classes": models.outputs(checkpoint["arch"], checkpoint["net"])}
     if other := difference(theirs, mine):
-        raise Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir")
+        own = f", or --arch {theirs['arch']}" if theirs | {"arch": mine["arch"]} == mine else ""
+        raise Failure(f"{path} is of another experiment ({other}): choose another --checkpoint-dir{own}")
 
 
 def refuse_difference(path: Path, saved: dict, stage: Stage, advice: str) -> None:

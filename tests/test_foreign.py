@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import pickle
+import shlex
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -292,20 +294,20 @@ def onnx_model() -> bytes:
     return onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])).SerializeToString()
 
 
-SAFELY = "just for tensors and plain values: save its weights alone, "
+SAFELY = "just for tensors and plain values: save its weights alone by "
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "it is empty$"),
     "Git LFS": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "LFS pointer.*git lfs"),
-    "HTML": (lambda: b"\n<!DOCTYPE html>\n<html><head>", "it is an HTML page, not the file that it leads to: download"),
-    "XML": (lambda: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "it is an HTML page"),
+    "HTML": (lambda: b"\n<!DOCTYPE html>\n<html><head>", "it is an HTML or XML page, not the file that it leads"),
+    "XML": (lambda: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "it is an HTML or XML page"),
     "text": (lambda: b"Not Found\n", "it is a text that begins with 'Not Found'$"),
     "JSON": (lambda: json.dumps({"message": "Not Found"}).encode(), "it is a text that begins with '{\"message"),
-    "TorchScript": (torchscript, r"it is a TorchScript archive, .*torch\.jit\.load\('FILE', map_location='cpu'\)"),
+    "TorchScript": (torchscript, r"it is a TorchScript archive, .*torch\.jit\.load\(.*\" .*x\.pth$"),
     "a network": (lambda: saved(nn.Linear(2, 2)), r"whole network, pickled as torch.nn.modules.linear.Linear, .*False"),
     "our network": (lambda: saved(trained()), r"a whole network, pickled as models.resnet.ResNet, .*only if you trust"),
     "a network in a dictionary": (
         lambda: saved({"net": trained(), "acc": 90.0}),
-        r"network, pickled as models.resnet.ResNet.*\(torch.load\(.*False\)\['net'\].state_dict\(\), 'ckpt.pth'\)",
+        r"network, pickled as models.resnet.ResNet.*\(torch.load\(.*False\)\['net'\].state_dict\(\), 'weights.pth'\)",
     ),
     "a network, legacy": (
         lambda: saved(nn.DataParallel(trained()), _use_new_zipfile_serialization=False),
@@ -313,7 +315,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a namespace": (
         lambda: saved(small(args=argparse.Namespace(lr=0.1))),
-        rf"it asks for argparse.Namespace, not {SAFELY}torch.save\(torch.load\(.*\)\['state_dict'\], 'ckpt.pth'\), o",
+        rf"it asks for argparse.Namespace, not {SAFELY}.*torch.load\(.*\)\['state_dict'\], 'weights.pth'\)\" .*, only",
     ),
     "a namespace, legacy": (
         lambda: saved(small(args=argparse.Namespace(lr=0.1)), _use_new_zipfile_serialization=False),
@@ -344,11 +346,11 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "an image": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(20), "it is an image$"),
     "noise": (lambda: np.random.default_rng(0).bytes(3000), "damaged or not one$"),
     "a cut safetensors file": (lambda: safetensors.torch.save({"a.b": torch.zeros(9)})[:-3], "damaged or not one$"),
-    "no dictionary": (lambda: saved([1]), "it holds a list, not a dictionary with the weights of a network$"),
-    "the averaged weights alone": (lambda: saved({"ema": small()["state_dict"]}), "it has no 'net', .* it has 'ema'$"),
+    "no dictionary": (lambda: saved([1]), "holds a list, not a dictionary with the weights of a network$"),
+    "the averaged weights alone": (lambda: saved({"ema": small()["state_dict"]}), "it has 'ema': to take 'ema', sa"),
     "two unknown names": (
         lambda: saved({"a": small()["state_dict"], "b": small()["state_dict"]}),
-        "it has no 'net', .* it has 'a', 'b'$",
+        "it has 'a', 'b': to take 'a', save it alone$",
     ),
     "another network": (lambda: saved(small()), "fits no known network; closest is .*, but .* (is|has)"),
 }  # fmt: skip
@@ -362,6 +364,26 @@ def test_what_is_refused_is_named_with_what_to_do(tmp_path, kind):
         checkpoints.load_checkpoint(tmp_path / "x.pth")
     assert failure.value.code == 2 and "\n" not in str(failure.value)
     assert str(failure.value).startswith(str(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize("kind", ["namespace", "network", "TorchScript"])
+def test_the_command_that_a_refusal_names_saves_what_is_taken(tmp_path, monkeypatch, kind):
+    network = trained()
+    path = tmp_path / "it's x.pth"
+    with warnings.catch_warnings(action="ignore"):  # that TorchScript is deprecated
+        if kind == "TorchScript":
+            torch.jit.save(torch.jit.trace(network.eval(), torch.zeros(1, 3, 16, 16)), path)
+        else:
+            options = {"state_dict": network.state_dict(), "args": argparse.Namespace(lr=0.1)}
+            torch.save(options if kind == "namespace" else {"net": network}, path)
+        with pytest.raises(utils.Failure, match=r" by python -c ") as failure:
+            checkpoints.load_checkpoint(path)
+        monkeypatch.chdir(tmp_path)
+        code, argument = shlex.split(str(failure.value).partition(" -c ")[2].partition(", only")[0])
+        monkeypatch.setattr(sys, "argv", ["-c", argument])
+        exec(code, {})
+    again = checkpoints.load_checkpoint(tmp_path / "weights.pth")
+    assert checkpoints.taken(again) == "bare state_dict of resnet20"
 
 
 def test_the_first_difference_is_that_after_renaming(tmp_path):
