@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_resnet18 import ResNet18
 from torch import nn
+from torch.nn import functional as F
 
 import models
 import pruning
@@ -442,6 +443,33 @@ def test_resnet18_has_555_million_multiply_adds():
     theirs(torch.zeros(1, 3, 32, 32))
     assert {name: dense for name, (dense, _) in found.items()} == products
     assert sum(products.values()) == 555_422_720
+
+
+def test_multiply_adds_of_a_transformer_are_counted_for_every_vector():
+    """Linear layers of 5 vectors an image, the tokens; attention uses the weights of its layer without calling it."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 8, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.inner = nn.Linear(8, 12)
+            self.head = nn.Linear(12, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.pad(self.patches(x).flatten(2).transpose(1, 2), (0, 0, 1, 0))
+            x = self.inner(self.attention(x, x, x, need_weights=False)[0])
+            return F.linear(x.mean(1), weight=self.head.weight, bias=self.head.bias)
+
+    for network in Network().train(), Network().eval():
+        with torch.no_grad():
+            network.inner.weight[0] = 0.0
+        assert pruning.count_macs(network, 16) == {
+            "patches.weight": (4 * 3 * 64 * 8,) * 2,
+            "attention.out_proj.weight": (5 * 8 * 8,) * 2,
+            "inner.weight": (5 * 8 * 12, 5 * 8 * 11),
+            "head.weight": (12 * 7,) * 2,
+        }
 
 
 def test_nonzero_multiply_adds_are_nonzeros_times_pixels():

@@ -76,6 +76,51 @@ def test_every_network_can_be_packed(arch):
     assert same(packed.unpack(packing.pack(original)), original)
 
 
+class Attentive(torch.nn.Module):
+    """With what transformers have: a class token, weights of attention outside of layers, integer indices."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+        self.register_buffer("index", torch.arange(12).reshape(3, 4))
+        self.patches = torch.nn.Conv2d(3, 8, 4, 4)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), 1, 8), x], 1)
+        x, _ = self.attention(x, x, x, need_weights=False)
+        return self.head(self.norm(x[:, 0]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tensors_that_are_no_weights_of_layers_are_kept_bit_for_bit(dtype, monkeypatch):
+    monkeypatch.setattr(models, "NAMES", ("attentive",))
+    monkeypatch.setitem(models.ARCHITECTURES, "attentive", Attentive)
+    original = checkpoint(0.5, "attentive")
+    original["net"]["index"] = torch.arange(12).reshape(3, 4) - 2**40
+    original["net"]["token"][0, 0, 0] = 1.0 + 2**-20
+    back = packed.unpack(packing.pack(original, dtype))
+    assert dtype != "fp32" or same(back, original)
+    layers = {"patches.weight", "attention.out_proj.weight", "head.weight"}
+    others = [{name: value for name, value in c["net"].items() if name not in layers} for c in (original, back)]
+    assert bits(others[0]) == bits(others[1])
+    assert set(pruning.prunable(Attentive(2))) == layers
+    for name, value in ("index", torch.zeros(3, 4)), ("token", torch.zeros(1, 1, 8).long()):
+        with pytest.raises(utils.Failure, match=rf"{name} is torch\.(float32|int64), not torch\.(float32|int64)"):
+            packing.pack(original | {"net": original["net"] | {name: value}})
+    with pytest.raises(utils.Failure, match="index is missing"):
+        packing.pack(original | {"net": {name: value for name, value in original["net"].items() if name != "index"}})
+
+
+def test_a_network_with_other_names_is_packed_under_ours():
+    original = checkpoint(0.9)
+    foreign = {name.replace("linear", "fc"): value for name, value in original["net"].items()}
+    assert same(packed.unpack(packing.pack(original | {"net": foreign})), original)
+
+
 def odd_checkpoint() -> dict:
     """A network with -0.0, denormal and huge numbers, odd memory layouts, and without one of its counters."""
     original = checkpoint(0.9)
@@ -277,6 +322,8 @@ BOMB = zlib.compress(bytes(2**27), 9)
 HOSTILE = {
     "unknown network": {"header": {"arch": "vgg"}},
     "network is a list": {"header": {"arch": []}},
+    "unknown network of torchvision": {"header": {"arch": "torchvision:vgg"}},
+    "huge network": {"header": {"arch": "torchvision:regnet_y_128gf"}},
     "other network": {"header": {"arch": "resnet50"}},
     "unknown type": {"header": {"dtype": "fp8"}},
     "type is a list": {"header": {"dtype": []}},

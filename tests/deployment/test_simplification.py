@@ -4,6 +4,7 @@ import pytest
 import torch
 from networks import TINY, one_thread, pruned  # noqa: F401 (an automatic fixture)
 
+import models
 import pruning
 from deployment import simplification
 
@@ -13,6 +14,14 @@ def assert_same(first: torch.nn.Module, second: torch.nn.Module, size: int = 16)
     images = torch.randn(4, 3, size, size, dtype=torch.float64)
     expected, found = first.double()(images), second.double()(images)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("simplify", [simplification.fold, simplification.remove_dead_channels])
+@pytest.mark.parametrize("arch", ["wrn-16-4", "mobilenetv2"])
+def test_other_networks_are_refused(simplify, arch):
+    """Folding a BatchNorm that comes before its convolution would change the function."""
+    with pytest.raises(ValueError, match=r"only the ResNets of models/ can be simplified, not (Wide|Mobile)"):
+        simplify(models.empty(arch, 10))
 
 
 @pytest.mark.parametrize("arch", [*TINY, pytest.param("resnet18", marks=pytest.mark.slow)])
