@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         data.check(path, checkpoint, dataset)
         if taken := checkpoints.taken(checkpoint):
             print(utils.printable(f"{path}: {taken}"))
+        if args.mean and "mean" not in checkpoint:  # what is written says how to prepare images
+            checkpoint |= {"mean": args.mean, "std": args.std}
     size, thread_counts = dataset.test.images.shape[1], sorted({1, args.threads})
     batches = {path: data.test_batches(checkpoint, dataset, torch.device("cpu")) for path, checkpoint in found.items()}
     networks = {path: checkpoints.build_network(checkpoint).eval() for path, checkpoint in found.items()}

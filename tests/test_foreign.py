@@ -506,6 +506,12 @@ def test_a_network_is_never_pruned_with_other_constants_than_its_own(tmp_path, d
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
 
 
+def test_a_dense_network_of_another_name_is_refused_with_the_flag_that_it_needs(tmp_path, dense):
+    torch.save({"net": dense}, tmp_path / "ckpt.pth")
+    done = call("main.py", *DIGITS, "--arch", "resnet18", "--checkpoint-dir", tmp_path, *PRUNING)
+    assert done.returncode == 2 and done.stderr.endswith("choose another --checkpoint-dir, or --arch resnet20\n")
+
+
 @pytest.mark.parametrize("script", ["main.py", "test.py", "deploy.py"])
 @pytest.mark.parametrize(
     ("flags", "message"),

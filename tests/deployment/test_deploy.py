@@ -14,7 +14,6 @@ from conftest import SMALL, SMALL_PRUNING, call, succeed
 from networks import one_thread, pruned  # noqa: F401 (an automatic fixture)
 
 import checkpoints
-import data
 import deploy
 import pruning
 import utils
@@ -38,7 +37,7 @@ def deployed(images, tmp_path_factory) -> tuple[Path, str]:
     succeed("main.py", *experiment, *SMALL, *SMALL_PRUNING)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", no_compiler)  # compiling takes half a minute and has a test of its own
-        flags = ("--dtype", "bf16", "--onnx", "--rounds", "2", "--threads", "1")
+        flags = ("--dtype", "bf16", "--onnx", "--safetensors", "--rounds", "2", "--threads", "1")
         done = call("deploy.py", directory, "--dataset", images, *flags)
     assert done.returncode == 0, done.stderr
     assert "torch.compile is not measured because it fails here: no compiler\n" in done.stderr
@@ -61,6 +60,9 @@ def test_files_hold_the_same_network(deployed, name):
     assert (again["mean"], again["std"]) == (original["mean"], original["std"])
     rounded = checkpoints.load_checkpoint(packing.name(path, "bf16"))["net"]
     assert all(torch.equal(value == 0, original["net"][key] == 0) for key, value in rounded.items())
+    exported = checkpoints.load_checkpoint(path.with_suffix(".safetensors"))
+    assert checkpoints.digest(exported["net"]) == checkpoints.digest(original["net"])
+    assert exported["acc"] == original["acc"] and exported["mean"] == pytest.approx(original["mean"])
     session = onnxruntime.InferenceSession(path.with_suffix(".onnx"), providers=["CPUExecutionProvider"])
     network = checkpoints.build_network(original).eval()
     for count in (1, 5):
@@ -86,6 +88,7 @@ def test_sizes_of_files(deployed):
     assert sizes[PRUNED, "packed, fp32"] == packing.name(directory / PRUNED).stat().st_size
     assert sizes[PRUNED, "packed, bf16 (lossy)"] < sizes[PRUNED, "packed, fp32"] < sizes[PRUNED, "gzip -9"]
     assert sizes["ckpt.pth", "ONNX"] == (directory / "ckpt.onnx").stat().st_size
+    assert sizes["ckpt.pth", "safetensors"] == (directory / "ckpt.safetensors").stat().st_size
     assert 0 <= float(rows[PRUNED, "packed, bf16 (lossy)"]["accuracy"]) <= 100
     buffer = io.BytesIO()
     torch.save(checkpoints.load_checkpoint(directory / PRUNED)["net"], buffer)
@@ -129,16 +132,18 @@ def test_an_old_checkpoint_can_be_deployed(deployed, images, tmp_path):
     path = tmp_path / "ckpt.pth"
     original = checkpoints.load_checkpoint(deployed[0] / PRUNED)
     torch.save({"net": original["net"], "acc": 50.0, "epoch": 1}, path)
-    arguments = ("--dataset", images, "--image-size", "16", "--rounds", "1", "--threads", "1", "--onnx")
+    constants = ("--mean", "0.5", "0.25", "0.5", "--std", "0.25", "0.25", "0.5")
+    arguments = ("--dataset", images, "--image-size", "16", "--rounds", "1", "--threads", "1", "--onnx", *constants)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", no_compiler)
         done = call("deploy.py", path, *arguments)
     assert done.returncode == 0, done.stderr
     again = checkpoints.load_checkpoint(packing.name(path))
-    assert checkpoints.digest(again["net"]) == checkpoints.digest(original["net"]) and "mean" not in again
+    assert checkpoints.digest(again["net"]) == checkpoints.digest(original["net"])
+    assert (again["mean"], again["std"]) == ([0.5, 0.25, 0.5], [0.25, 0.25, 0.5])
+    assert "net of resnet20, 50.00 % by its file\n" in done.stdout
     metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(path.with_suffix(".onnx")).metadata_props}
-    mean, _ = data.load(str(images), tmp_path, 16).mean_and_std()
-    assert metadata["mean"] == pytest.approx(mean) and metadata["classes"] == ["dark", "light"]
+    assert metadata["mean"] == again["mean"] and metadata["classes"] == ["dark", "light"]
 
 
 def test_written_files_are_compared_with_the_checkpoint(deployed, tmp_path, monkeypatch):
