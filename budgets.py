@@ -7,16 +7,21 @@ no other with as many zeros and no higher cost removes less squared magnitude (E
 multiplier method, 1963). Every layer keeps its largest weight.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 import pruning
 from pruning import Masks
 
 BISECTIONS = 200
+HIGHEST_PRICE = 1e30
+ROUNDING = 1e-9  # of shares of multiply-adds, which are sums of fractions
 
 
 @dataclass(frozen=True)
@@ -45,64 +50,102 @@ class Profile:
 
 
 def mac_profiles(network: nn.Module, image_size: int, exclude: Collection[str] = ()) -> dict[str, Profile]:
-    """Multiply-adds of each prunable layer for one image of `image_size` x `image_size` pixels."""
+    """Multiply-adds of each prunable layer, as shares of those of the whole dense network for one image.
+
+    Images have `image_size` x `image_size` pixels. Layers in `exclude` have no profile and count in the whole.
+    """
     macs = pruning.count_macs(network, image_size)
+    whole = sum(dense for dense, _ in macs.values())
     weights = pruning.prunable(network, exclude)
-    return {name: Profile((0, weight.numel()), (0.0, float(macs[name][0]))) for name, weight in weights.items()}
+    return {name: Profile((0, weight.numel()), (0.0, macs[name][0] / whole)) for name, weight in weights.items()}
+
+
+def shares(levels: Sequence[int], weights: int, share: float) -> list[float]:
+    """The budget of each level of iterative pruning, for `share` at the last: density^a, with the a that fits there.
+
+    `levels` are zeros of `weights` weights. One-shot pruning is the schedule with one level.
+    """
+    exponent = math.log(share) / math.log(1 - levels[-1] / weights)
+    return [(1 - zeros / weights) ** exponent for zeros in levels[:-1]] + [share]
+
+
+Budget = tuple[int, float]  # zeros, and the cost that is allowed with them
 
 
 def compute_masks(
-    network: nn.Module, zeros: int, profiles: dict[str, Profile], budget: float, exclude: Collection[str] = ()
+    network: nn.Module,
+    budget: Budget,
+    profiles: dict[str, Profile],
+    exclude: Collection[str] = (),
+    later: Sequence[Budget] = (),
 ) -> Masks:
-    """Masks with exactly `zeros` pruned weights, whose layers together cost at most `budget`, in the profiles' unit.
+    """Masks with exactly as many pruned weights and at most the cost of `budget`, in the profiles' unit.
 
-    Weights that are zero already stay pruned and count. Ties break by position. Raises ValueError when `zeros` is less
-    than the network has or leaves a layer without weights, and when no choice fits the budget, naming the lowest cost.
+    The budgets that `later` levels will have can be kept, too, by weights that are kept now. Weights that are zero
+    already stay pruned and count. Ties break by position. Raises ValueError as `lowest_share`, and when nothing fits.
     """
     layers = [_Layer(name, weight, profiles[name]) for name, weight in pruning.prunable(network, exclude).items()]
-    keep = sum(layer.size for layer in layers) - zeros
-    available = sum(layer.available for layer in layers)
-    if keep > available:
-        raise ValueError(f"cannot have {zeros} zeros: {zeros + keep - available} weights are zero already")
-    if keep < (least := sum(layer.least for layer in layers)):
-        raise ValueError(f"cannot have {zeros} zeros: every layer keeps a weight, so at most {zeros + keep - least}")
-    kept = _fit(layers, keep, budget)
+    lowest_share(network, [budget[0]], profiles, exclude)
+    weights = sum(layer.size for layer in layers)
+
+    def fits(kept: list[int]) -> bool:
+        return _cost(layers, kept) <= budget[1] + ROUNDING and all(
+            _cost(layers, _cheapest(layers, weights - zeros, kept)) <= cost + ROUNDING for zeros, cost in later
+        )
+
+    kept = _fit(layers, weights - budget[0], fits)
     return {layer.name: layer.mask(count) for layer, count in zip(layers, kept)}
 
 
-def lowest_cost(network: nn.Module, zeros: int, profiles: dict[str, Profile], exclude: Collection[str] = ()) -> float:
-    """The lowest cost of any choice with so many zeros, in the profiles' unit."""
+def lowest_share(
+    network: nn.Module, levels: Sequence[int], profiles: dict[str, Profile], exclude: Collection[str] = ()
+) -> float:
+    """The lowest share that pruning to so many zeros, one level after the other, can be asked for.
+
+    Raises ValueError when the network has more zeros than the first level, and when a layer would lose all weights.
+    """
     layers = [_Layer(name, weight, profiles[name]) for name, weight in pruning.prunable(network, exclude).items()]
-    return _cost(layers, _cheapest(layers, sum(layer.size for layer in layers) - zeros))
+    weights = sum(layer.size for layer in layers)
+    pruned, most = weights - sum(layer.available for layer in layers), weights - sum(layer.least for layer in layers)
+    if levels[0] < pruned:
+        raise ValueError(f"cannot have {levels[0]} zeros: {pruned} weights are zero already")
+    if levels[-1] > most:
+        raise ValueError(f"cannot have {levels[-1]} zeros: every layer keeps a weight, so at most {most}")
+    logarithms = [math.log(1 - zeros / weights) for zeros in levels]
+    lowest = [_cost(layers, _cheapest(layers, weights - zeros)) for zeros in levels]
+    return max(cost ** (logarithms[-1] / logarithm) for cost, logarithm in zip(lowest, logarithms))
 
 
 class _Layer:
     """A layer's weights by falling magnitude, cut where the cost of one more weight changes."""
 
     def __init__(self, name: str, weight: Tensor, profile: Profile):
-        self.name, self.profile, self.shape = name, profile, weight.shape
-        squares = weight.detach().cpu().double().flatten().square()
-        squares, self.order = squares.sort(descending=True, stable=True)
-        self.size = len(squares)
-        self.available = int((squares > 0).sum())
+        self.name, self.weight, self.profile = name, weight, profile
+        self.size = weight.numel()
+        self.available = self.size if weight.is_meta else int(weight.count_nonzero())
         self.least = min(1, self.available)
-        self.rising = -squares[: self.available].numpy()  # searchsorted wants rising numbers
         self.starts = [min(max(point, self.least), self.available) for point in profile.kept]
         self.slopes = profile.slopes()
+
+    @cached_property
+    def sorted(self) -> tuple[np.ndarray, Tensor]:
+        """-w^2 of the weights that are not zero, rising, as searchsorted wants it; and the positions of all."""
+        squares, order = self.weight.detach().cpu().double().flatten().square().sort(descending=True, stable=True)
+        return -squares[: self.available].numpy(), order
 
     def count(self, price: float, threshold: float) -> int:
         """How many weights are above the threshold, at this price of a unit of cost. Costs rise with the rank and
         magnitudes fall, so these are the largest."""
         for start, end, slope in zip(self.starts, self.starts[1:], self.slopes):
-            above = np.searchsorted(self.rising[start:end], -(threshold + price * slope))
+            above = np.searchsorted(self.sorted[0][start:end], -(threshold + price * slope))
             if start + above < end:
                 return int(start + above)
         return self.starts[-1]
 
     def mask(self, count: int) -> Tensor:
-        kept = self.order.new_zeros(self.size, dtype=bool)
-        kept[self.order[:count]] = True
-        return kept.view(self.shape)
+        kept = torch.zeros(self.size, dtype=torch.bool)
+        kept[self.sorted[1][:count]] = True
+        return kept.view(self.weight.shape)
 
 
 def _cost(layers: list[_Layer], kept: list[int]) -> float:
@@ -111,7 +154,7 @@ def _cost(layers: list[_Layer], kept: list[int]) -> float:
 
 def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:
     """How many weights each layer keeps when the `keep` highest of w^2 - price * cost are kept."""
-    highest = max((float(-layer.rising[0]) for layer in layers if layer.available), default=0.0)
+    highest = max((float(-layer.sorted[0][0]) for layer in layers if layer.available), default=0.0)
     low, high = -price * max(float(layer.slopes[-1]) for layer in layers) - 1.0, highest + 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -127,50 +170,53 @@ def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:
     return kept
 
 
-def _cheapest(layers: list[_Layer], keep: int) -> list[int]:
-    """How many weights each layer keeps at the lowest cost."""
-    kept = [layer.least for layer in layers]
+def _cheapest(layers: list[_Layer], keep: int, most: list[int] | None = None) -> list[int]:
+    """How many weights each layer keeps at the lowest cost, at most as many as `most` says."""
+    most = [layer.available for layer in layers] if most is None else most
+    kept = [min(layer.least, limit) for layer, limit in zip(layers, most)]
     pieces = [
-        (slope, index, end - start)
+        (slope, index, min(end, most[index]) - min(start, most[index]))
         for index, layer in enumerate(layers)
         for start, end, slope in zip(layer.starts, layer.starts[1:], layer.slopes)
     ]
+    left = keep - sum(kept)
     for _, index, size in sorted(pieces):
-        kept[index] += min(size, keep - sum(kept))
+        taken = min(size, left)
+        kept[index] += taken
+        left -= taken
     return kept
 
 
-def _fit(layers: list[_Layer], keep: int, budget: float) -> list[int]:
-    """How many weights each layer keeps within the budget; ValueError when that is not possible."""
-    cheapest = _cheapest(layers, keep)
-    if _cost(layers, cheapest) > budget:
-        raise ValueError(f"at least {_cost(layers, cheapest):g} is needed, and {budget:g} allowed")
-    kept = _largest(layers, keep, 0.0)
-    if _cost(layers, kept) <= budget:
-        return kept
+def _fit(layers: list[_Layer], keep: int, fits: Callable[[list[int]], bool]) -> list[int]:
+    """How many weights each layer keeps at the lowest price for which they fit."""
+    too_much = _largest(layers, keep, 0.0)
+    if fits(too_much):
+        return too_much
     low, high = 0.0, 1.0
-    while _cost(layers, fitting := _largest(layers, keep, high)) > budget:
-        low, high = high, 2 * high
-        if high > 1e300:
-            return cheapest
-    too_much = kept
+    while not fits(fitting := _largest(layers, keep, high)):
+        low, high, too_much = high, 4 * high, fitting
+        if high > HIGHEST_PRICE:  # the magnitudes are lost in rounding
+            cheapest = _cheapest(layers, keep)
+            if not fits(cheapest):
+                raise ValueError(f"{keep} weights cost at least {_cost(layers, cheapest):.4g}, which is too much")
+            return _between(layers, too_much, cheapest, fits)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if middle in (low, high):
             break
         kept = _largest(layers, keep, middle)
-        if _cost(layers, kept) > budget:
-            low, too_much = middle, kept
-        else:
+        if fits(kept):
             high, fitting = middle, kept
-    return _between(layers, too_much, fitting, budget)
+        else:
+            low, too_much = middle, kept
+    return _between(layers, too_much, fitting, fits)
 
 
-def _between(layers: list[_Layer], costly: list[int], cheap: list[int], budget: float) -> list[int]:
-    """Of the choices between two that differ only in weights of equal score, one that fits the budget.
+def _between(layers: list[_Layer], costly: list[int], cheap: list[int], fits: Callable[[list[int]], bool]) -> list[int]:
+    """Of the choices between two that differ only in weights of equal score, the first that fits.
 
     One weight after the other is given up in the layers that keep more in `costly`, the most expensive first, for one
-    in the layers that keep more in `cheap`, until the budget holds.
+    in the layers that keep more in `cheap`.
     """
 
     def pieces(more: list[int], fewer: list[int]) -> list[tuple[float, int, int]]:
@@ -193,5 +239,5 @@ def _between(layers: list[_Layer], costly: list[int], cheap: list[int], budget: 
     low, high = 0, sum(a - b for a, b in zip(costly, cheap) if a > b)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _cost(layers, swapped(middle)) <= budget else (middle, high)
+        low, high = (low, middle) if fits(swapped(middle)) else (middle, high)
     return swapped(high)
