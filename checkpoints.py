@@ -296,6 +296,7 @@ CHOICES = {
     "allocation": ("", *pruning.ALLOCATIONS),
     "retrain": ("distilled", "plain", "adaptive"),  # the last one in files of earlier versions
 }
+FRACTIONS = ("sparsity", "val_fraction", "macs")
 WHOLE = ("image_size", "rewind", "epochs", "seed")
 
 
@@ -325,9 +326,13 @@ def _checked_metadata(checkpoint: dict) -> dict:
         good = good and {"arch", "dataset", "image_size"} <= set(settings)
         good = good and plain_settings(settings)
         good = good and all(settings.get(name, values[0]) in values for name, values in CHOICES.items())
-        kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(WHOLE, int) | {"val_fraction": float, "sparsity": float}
+        kinds = (
+            dict.fromkeys(TEXTS, str)
+            | dict.fromkeys(WHOLE, int)
+            | {"val_fraction": float, "sparsity": float, "macs": float}
+        )
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
-        good = good and all(0 <= settings.get(name, 0) < 1 for name in ("sparsity", "val_fraction"))
+        good = good and all(0 <= settings.get(name, 0) < 1 for name in FRACTIONS)
         good = good and settings["image_size"] in image_sizes and settings.get("rewind", 0) >= 0
         if not (good and settings.get("epochs", 1) > 0):
             raise ValueError("its settings are not in the form that main.py writes")

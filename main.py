@@ -62,6 +62,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="which weights: one threshold on the magnitude; the same sparsity in every layer but the first and last; "
         "by the layer's shape (Evci et al. 2020); one threshold on LAMP scores (Lee et al. 2021)",
     )
+    add(
+        "--macs",
+        type=utils.fraction,
+        metavar="SHARE",
+        help="prune the weights that are multiplied often more than others, until at most this share of the dense "
+        "network's multiply-adds is left",
+    )
     add("--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="layers that stay dense")
     epochs = partial(add, type=utils.count, metavar="N")
     epochs("--retrain-epochs", default=20, help="single: epochs after pruning")
@@ -112,6 +119,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("-pr and -shot go together: how sparse, and how to get there")
     if args.control and not args.pr:
         parser.error("--control needs -pr and -shot: it repeats their schedule")
+    if args.macs and not args.pr:
+        parser.error("--macs needs -pr and -shot: it limits the multiply-adds at an exact sparsity")
+    if args.macs and args.allocation != "global":
+        parser.error("--macs and --allocation exclude each other: both distribute the zeros over the layers")
     if args.rewind and "single" in args.shot:
         parser.error("argument --rewind: only -shot iter rewinds")
     if args.rewind and args.rewind >= args.epochs:
@@ -143,6 +154,7 @@ def one_shot(run: Run, sparsity: float | None) -> Stage:
     name = report.file_name("single", sparsity, run.args)
     epochs, control = run.args.retrain_epochs, sparsity is None
     settings = {"mode": "single", "sparsity": sparsity or 0.0, "retrain_epochs": epochs}
+    settings |= {"macs": run.args.macs} if run.args.macs and not control else {}
     return run.stage(name, run.dense, zeros, epochs, retrain, control=control, **settings)
 
 
@@ -150,12 +162,14 @@ def iterative(run: Run, sparsity: float, control: bool = False) -> Stage:
     """Prune in steps with retraining between them, then retrain longer. The control prunes nothing."""
     args, (step, retrain) = run.args, recipes(run.args)
     network = run.dense
+    # What a level may keep depends on where the steps lead.
+    macs = {"macs": args.macs, "sparsity": sparsity, "step": args.step} if args.macs and not control else {}
     for level, zeros in enumerate(pruning.schedule(run.weights, sparsity, args.step, run.zeros), 1):
         zeros = run.all_zeros if control else zeros
         name = f"level {level}, {zeros} zeros"
-        settings = {"level": level, "step_epochs": args.step_epochs}
+        settings = {"level": level, "step_epochs": args.step_epochs, **macs}
         network = run.stage(name, network, zeros, args.step_epochs, step, control=control, **settings)
-    settings = {"mode": "iter", "sparsity": sparsity, "step": args.step, "step_epochs": args.step_epochs}
+    settings = macs | {"mode": "iter", "sparsity": sparsity, "step": args.step, "step_epochs": args.step_epochs}
     settings["final_epochs"] = args.final_epochs
     name = report.file_name("iter", sparsity, args, control)
     return run.stage(name, network, zeros, args.final_epochs, retrain, control=control, **settings)
@@ -214,9 +228,9 @@ def make(run: Run, stage: Stage, targets: list[Stage]) -> None:
     state = directory.load_state(stage, network, len(run.train_batches))
     recipe, masks, pruned_acc = stage.recipe, {}, None
     if parent is not None:
-        allocation, exclude = stage.settings["allocation"], stage.settings["exclude"].split()
+        exclude = stage.settings["exclude"].split()
         zeros = sum(zeros for zeros, _ in pruning.count_zeros(network, exclude).values())
-        masks = pruning.compute_masks(network, max(zeros, stage.zeros), allocation, exclude)
+        masks = run.compute_masks(stage, network, max(zeros, stage.zeros))
         pruning.apply(network, masks)
         pruned_acc = parent.get("pruned_acc") if zeros >= stage.zeros else (state or {}).get("pruned_acc")
         pruned_acc = run.evaluate(network).accuracy if pruned_acc is None else pruned_acc

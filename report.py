@@ -25,8 +25,8 @@ from utils import printable
 
 RESULT_NAME = re.compile(
     r"(?:(?P<percent>\d+(?:\.\d+)?)percent|control)_(?P<mode>single|iter)(?:_(?P<control>control))?"
-    r"(?:_(?P<allocation>uniform|erk|lamp))?(?:_(?P<retrain>distilled|adaptive|plain))?(?:_rewind(?P<rewind>\d+))?"
-    r"_ckpt(?P<suffix>\.pth|(?:\.bf16|\.fp16)?\.packed)"
+    r"(?:_(?P<allocation>uniform|erk|lamp|macs[\d.]+))?(?:_(?P<retrain>distilled|adaptive|plain))?"
+    r"(?:_rewind(?P<rewind>\d+))?_ckpt(?P<suffix>\.pth|(?:\.bf16|\.fp16)?\.packed)"
 )
 MODES = {"single": ("one-shot", "-o"), "iter": ("iterative", ":s")}
 
@@ -40,6 +40,7 @@ def file_name(mode: str, sparsity: float | None, args: argparse.Namespace, contr
     parts = ["control" if sparsity is None else f"{100 * sparsity:g}percent", mode]
     parts += ["control"] if control and sparsity is not None else []
     parts += [args.allocation] if args.allocation != "global" and not control else []
+    parts += [f"macs{args.macs:g}"] if args.macs and not control else []
     parts += [args.retrain] if args.retrain != "distilled" else []
     parts += [f"rewind{args.rewind}"] if args.rewind else []
     return "_".join([*parts, "ckpt.pth"])
@@ -59,7 +60,9 @@ def summary(run: Run, stage: Stage, checkpoint: dict) -> str:
             line += f", {more} surviving weights are 0 by chance and stay pruned"
     counts = pruning.count_macs(network, run.args.image_size).values()
     dense, nonzero = (sum(column) / 1e6 for column in zip(*counts))
-    return f"{line}, {nonzero:,.1f} of {dense:,.1f} million MACs"
+    asked = stage.settings.get("macs")
+    asked = f" ({100 * nonzero / dense:.2f} %, at most {100 * asked:g} % asked)" if asked else ""
+    return f"{line}, {nonzero:,.1f} of {dense:,.1f} million MACs{asked}"
 
 
 def plan(run: Run, targets: list[Stage]) -> str:
@@ -100,6 +103,7 @@ class Row:
     dtype              to which the weights were rounded for packing, else fp32
     sparsity           over the pruned layers; sparsity_all_parameters over all parameters
     compression        all parameters over those that are not zero
+    macs_left          nonzero MACs over dense MACs, percent; macs_asked is the limit that was asked for
     mac_ratio          dense MACs over nonzero MACs, an upper bound on the speed-up
     accuracy_dense     of the dense network that this one was pruned from
     accuracy_pruned    after pruning, before retraining, as the file says
@@ -131,6 +135,8 @@ class Row:
     compression: float | None
     macs_dense: float
     macs: float
+    macs_asked: float | None
+    macs_left: float
     mac_ratio: float | None
     file_bytes: int
 
@@ -149,6 +155,7 @@ class Row:
         match = RESULT_NAME.fullmatch(path.name)
         name = match.groupdict() if match else {}
         settings = checkpoint.get("settings", {})
+        allocation = f"macs{settings['macs']:g}" if "macs" in settings else settings.get("allocation")
         control = bool(settings.get("control", name.get("control") or (match and not name["percent"])))
         asked = 100 * settings["sparsity"] if "sparsity" in settings else name.get("percent")
         zeros, weights = (sum(column) for column in zip(*layers.values()))
@@ -163,7 +170,7 @@ class Row:
             dataset=dataset,
             mode=settings.get("mode", name.get("mode", "dense")),
             control=control or asked == 0,
-            allocation=settings.get("allocation") or name.get("allocation") or "global",
+            allocation=allocation or name.get("allocation") or "global",
             retrain=settings.get("retrain", name.get("retrain") or ("plain" if match else "")),
             rewind=settings.get("rewind", 0),
             seed=settings.get("seed"),
@@ -183,6 +190,8 @@ class Row:
             compression=parameters / (parameters - zeros) if zeros < parameters else None,
             macs_dense=dense_macs / 1e6,
             macs=nonzero_macs / 1e6,
+            macs_asked=100 * settings["macs"] if "macs" in settings else None,
+            macs_left=100 * nonzero_macs / dense_macs,
             mac_ratio=dense_macs / nonzero_macs if nonzero_macs else None,
             file_bytes=path.stat().st_size,
         )
@@ -214,12 +223,18 @@ def table(rows: list[Row]) -> str:
         }
         for row in rows
     ]
+    limits = [
+        f"{printable(row.file)}: {row.macs_left:.2f} % of the MACs are left, at most {row.macs_asked:g} % asked"
+        for row in rows
+        if row.macs_asked
+    ]
     tabulate.MIN_PADDING = 0
     headers = {name: name.replace(" ", "\n") for name in lines[0]}
     text_columns = [2, 4, 10]
-    return tabulate.tabulate(
+    shown = tabulate.tabulate(
         lines, headers, floatfmt=".2f", missingval="-", disable_numparse=text_columns, stralign="right"
     )
+    return "\n".join([shown, *limits])
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import budgets
 import checkpoints
 import data
 import engine
@@ -115,6 +117,7 @@ class Run:
         for target in targets:
             self.directory.check(target, force)
         self.check_zeros(targets)
+        self.check_budget(targets)
         self.load_early(targets, force)
         self.directory.find_kept_levels([self.dense, *targets])
         return targets
@@ -155,9 +158,47 @@ class Run:
         for first in {stage.zeros: stage for stage in (target.ancestors()[0] for target in targets)}.values():
             try:
                 if not first.settings["control"]:
-                    pruning.compute_masks(network, first.zeros, self.args.allocation, self.args.exclude)
+                    self.compute_masks(first, network, first.zeros)
             except ValueError as error:
                 raise Failure(f"argument --allocation: {error}") from None
+
+    def check_budget(self, targets: list[Stage]) -> None:
+        """Failure when no choice of weights leaves as few multiply-adds as asked for."""
+        if not self.args.macs:
+            return
+        with torch.device("meta"):
+            network = models.build(self.args.arch, len(self.images.classes))
+        network = checkpoints.build_network(self.checkpoint) if self.checkpoint else network
+        profiles = budgets.mac_profiles(network, self.args.image_size, self.args.exclude)
+        for target in targets:
+            if not target.settings["control"]:
+                try:
+                    lowest = budgets.lowest_share(network, self.levels(target), profiles, self.args.exclude)
+                except ValueError as error:
+                    raise Failure(f"argument --macs: {error}") from None
+                if self.args.macs < lowest:
+                    raise Failure(
+                        f"argument --macs: with {100 * target.settings['sparsity']:g} % zeros it can be from "
+                        f"{math.ceil(1e4 * lowest) / 1e4:g} to 1, not {self.args.macs:g}"
+                    )
+
+    def levels(self, stage: Stage) -> list[int]:
+        """The zeros after each level of the schedule that a stage belongs to."""
+        if "step" not in stage.settings:
+            return [stage.zeros]
+        return pruning.schedule(self.weights, stage.settings["sparsity"], stage.settings["step"], self.zeros)
+
+    def compute_masks(self, stage: Stage, network: nn.Module, zeros: int) -> pruning.Masks:
+        """Which weights of a network a stage keeps, at so many zeros."""
+        exclude = stage.settings["exclude"].split()
+        if "macs" not in stage.settings:
+            return pruning.compute_masks(network, zeros, stage.settings["allocation"], exclude)
+        levels = self.levels(stage)
+        plan = list(zip(levels, budgets.shares(levels, self.weights, stage.settings["macs"])))
+        share = next(share for level, share in plan if level >= stage.zeros)
+        later = [budget for budget in plan if budget[0] > stage.zeros]
+        profiles = budgets.mac_profiles(network, self.args.image_size, exclude)
+        return budgets.compute_masks(network, (zeros, share), profiles, exclude, later)
 
     # --- the weights to rewind to ---
 

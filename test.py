@@ -194,6 +194,8 @@ def contradictions(
         found.append("gives outputs that are not finite")
     if row.sparsity_asked is not None and abs(row.sparsity_asked - row.sparsity) > 0.05:
         found.append(f"should be {row.sparsity_asked:g} % zero, and is {row.sparsity:.2f} %")
+    if row.macs_asked and row.macs_left > row.macs_asked + 1e-6:
+        found.append(f"should have {row.macs_asked:g} % of its MACs, and has {row.macs_left:.4f} %")
     name = RESULT_NAME.fullmatch(path.name)
     named = float(name["percent"]) if name and name["percent"] else row.sparsity_asked
     if row.sparsity_asked is not None and f"{named:g}" != f"{row.sparsity_asked:g}":

@@ -22,6 +22,8 @@ BAD = [
     (("-pr", "0.5", "-shot", "sngle"), "invalid choice: 'sngle'"),
     (("-pr", "0.5", *SINGLE, "--rewind", "1"), "argument --rewind: only -shot iter rewinds"),
     (("-pr", "0.5", *ITER, "--rewind", "2"), "argument --rewind: 2 is not before the last of 2 epochs"),
+    (("--macs", "0.5"), "--macs needs -pr and -shot"),
+    (("-pr", "0.5", *SINGLE, "--macs", "0.5", "--allocation", "erk"), "--macs and --allocation exclude each other"),
     (("--epoch", "3"), "unrecognized arguments: --epoch 3"),
     (("--device", "cuda:99"), "argument --device: no cuda:99 here"),
     (
