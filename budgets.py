@@ -52,12 +52,18 @@ class Profile:
 def mac_profiles(network: nn.Module, image_size: int, exclude: Collection[str] = ()) -> dict[str, Profile]:
     """Multiply-adds of each prunable layer, as shares of those of the whole dense network for one image.
 
-    Images have `image_size` x `image_size` pixels. Layers in `exclude` have no profile and count in the whole.
+    Images have `image_size` x `image_size` pixels. Layers in `exclude` have no profile; what they cost is a constant
+    in the first one.
     """
-    macs = pruning.count_macs(network, image_size)
-    whole = sum(dense for dense, _ in macs.values())
+    macs = {name: dense for name, (dense, _) in pruning.count_macs(network, image_size).items()}
+    whole = sum(macs.values())
     weights = pruning.prunable(network, exclude)
-    return {name: Profile((0, weight.numel()), (0.0, macs[name][0] / whole)) for name, weight in weights.items()}
+    constant = sum(dense for name, dense in macs.items() if name not in weights) / whole
+    profiles = {}
+    for name, weight in weights.items():
+        profiles[name] = Profile((0, weight.numel()), (constant, constant + macs[name] / whole))
+        constant = 0.0
+    return profiles
 
 
 def shares(levels: Sequence[int], weights: int, share: float) -> list[float]:

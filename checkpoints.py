@@ -19,11 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import foreign
 import models
-import packed
 import pruning
-import refusals
+from formats import foreign, packed, refusals
 from utils import Failure, image_sizes, printable
 
 MAX_FILE = 2**32  # bytes

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import cifar
-import image_files
 import memory
 import models
 import utils
-from pixels import Rendering, read_images, to_pixels
+from images import cifar, folders
+from images.pixels import Rendering, read_images, to_pixels
 from utils import Failure, derive_seed, difference
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def _digits(image_size: int) -> Dataset:
 
 
 def _folder(folder: Path, image_size: int, parts: tuple[str, ...], rendering: Rendering) -> Dataset:
-    found = image_files.list_parts(folder, parts)
+    found = folders.list_parts(folder, parts)
     paths = [path for listing in found.values() for path, _ in listing.samples]
     count = len(found["train"].samples) if "train" in found else 0
     _check_memory(count, len(paths) - count, image_size)
@@ -209,8 +208,8 @@ def _folder(folder: Path, image_size: int, parts: tuple[str, ...], rendering: Re
         splits["test"],
         test_identity=identities["test"],
         rendering=str(pictures.rendering),
-        left_out=image_files.left_out(folder, found),
-        warnings=tuple(image_files.warnings_about(found, pictures.digests, pictures.uniform)),
+        left_out=folders.left_out(folder, found),
+        warnings=tuple(folders.warnings_about(found, pictures.digests, pictures.uniform)),
         settings=pictures.rendering.settings(),
     )
 

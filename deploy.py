@@ -32,13 +32,13 @@ from tqdm import tqdm
 import checkpoints
 import data
 import engine
-import foreign
 import pruning
 import utils
 from deployment import packing, tables
 from deployment.engine import lanes_of_this_cpu, usable_processors
 from deployment.runtimes import export_onnx, in_pytorch, make_runtimes, measure_accuracy, time_runtimes
 from deployment.tables import File
+from formats import foreign
 from models.resnet import ResNet
 
 REPORTS = ("deploy_files.csv", "deploy_runtimes.csv", "deploy.png")

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 import models
-import packed
+from formats import packed
 from utils import Failure
 
 

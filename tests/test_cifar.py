@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import cifar
 import data
 import utils
+from images import cifar
 
 NOWHERE = Path("unused")
 

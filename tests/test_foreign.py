@@ -26,11 +26,10 @@ from torch.nn.utils import prune
 import checkpoints
 import data
 import engine
-import foreign
 import models
 import pruning
-import refusals
 import utils
+from formats import foreign, refusals
 
 
 def trained(arch: str = "resnet20") -> nn.Module:

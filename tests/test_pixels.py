@@ -9,8 +9,8 @@ import torch
 from PIL import Image, features
 
 import data
-import pixels
 import utils
+from images import pixels
 
 NOWHERE = Path("unused")
 TRAIN, TEST = 12, 6

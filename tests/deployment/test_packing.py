@@ -14,10 +14,10 @@ from networks import one_thread  # noqa: F401 (an automatic fixture)
 
 import checkpoints
 import models
-import packed
 import pruning
 import utils
 from deployment import packing
+from formats import packed
 
 METADATA = {
     "format": 2,

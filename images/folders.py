@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pixels
+from images import pixels
 from utils import Failure
 
 # What operating systems, archives and file servers leave beside images; names with a dot in front count, too.

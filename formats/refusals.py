@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from foreign import CONTAINERS
+from formats.foreign import CONTAINERS
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save before PyTorch 1.6
 BEGINNINGS = {

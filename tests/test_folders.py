@@ -12,8 +12,8 @@ from PIL import Image
 
 import data
 import memory
-import pixels
 import utils
+from images import pixels
 
 NOWHERE = Path("unused")
 

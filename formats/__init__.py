@@ -1,0 +1,1 @@
+"""Files of networks: packed ones of ours, and what other programs write."""

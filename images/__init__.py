@@ -1,0 +1,1 @@
+"""From files of images to pixels: folders, the archives of CIFAR."""
