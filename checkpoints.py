@@ -158,7 +158,8 @@ def _verified(content: bytes) -> tuple[io.BytesIO, bytes]:
         OSError,
         EOFError,
     ) as error:
-        raise Failure(f"damaged: {error}") from None
+        reason = "" if "not a zip file" in str(error) else f": {error}"
+        raise Failure(f"cut short or damaged{reason}; get it again") from None
     clean.seek(0)
     return clean, pickled
 
@@ -173,7 +174,7 @@ def load_checkpoint(path: Path) -> dict:
     content, kind = _load(path)
     try:
         found = foreign.find(content)
-        net, match, masks = _identified(found.net)
+        net, match, masks, left_out = _identified(found.net)
         arch, classes = match.arch, models.outputs(match.arch, net)
         types = {name: value.dtype for name, value in models.state(arch, classes).items()}
         net = {name: foreign.converted(name, value, masks.get(name), types[name]) for name, value in net.items()}
@@ -199,6 +200,9 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint["taken"] += f", masks of {len(masks)} layers applied"
     if match.by_order:
         checkpoint["taken"] += ", weights matched by their order"
+    if left_out:
+        more = f" and {len(left_out) - 2} more" if len(left_out) > 2 else ""
+        checkpoint["taken"] += f", without {', '.join(left_out[:2])}{more}"
     if found.others:
         checkpoint["taken"] += f", not {' or '.join(found.others)}"
     return checkpoint
@@ -225,31 +229,33 @@ def adopt_constants(found: dict[Path, dict]) -> None:
                 checkpoint["taken"] += f", normalized as {path.name}"
 
 
-def _identified(net: dict[str, Tensor]) -> tuple[dict[str, Tensor], models.Match, dict[str, Tensor]]:
-    """The tensors of a known network by its own names, which network it is, and masks. ValueError if none fits.
+def _identified(net: dict[str, Tensor]) -> tuple[dict[str, Tensor], models.Match, dict[str, Tensor], list[str]]:
+    """The tensors of a known network by its own names, which network it is, masks, and names of what is no part of it.
+    ValueError if none fits.
 
     Names and shapes decide, before any value is touched.
     """
     for name, value in net.items():
         _check_form(name, value)
     unknown: ValueError | None = None
-    found: tuple[dict, dict, models.Match] | None = None
-    for plain in foreign.plain_names(net):
+    found: tuple[dict, dict, models.Match, list[str]] | None = None
+    for plain, left_out in foreign.plain_names(net):
         weights, masks = foreign.split_masks(plain)
         try:
             match = models.identify({name: tuple(value.shape) for name, value in weights.items()})
         except ValueError as error:
-            unknown = error
+            if unknown is None or not (left_out or "like none" in str(error)):
+                unknown = error
             continue
         if found is None or not match.by_order:  # names say more than the order
-            found = weights, masks, match
+            found = weights, masks, match, left_out
         if not match.by_order:
             break
     if found is None:
         raise unknown or ValueError("holds no weights")
-    weights, masks, match = found
+    weights, masks, match, left_out = found
     masks = {ours: masks[name] for name, ours in match.names.items() if name in masks}
-    return {ours: weights[name] for name, ours in match.names.items()}, match, masks
+    return {ours: weights[name] for name, ours in match.names.items()}, match, masks, left_out
 
 
 def is_plain(value: object, more: tuple[torch.dtype, ...] = ()) -> bool:
@@ -280,6 +286,8 @@ def same_form(net: dict, expected: dict[str, Tensor]) -> bool:
 
 def _check_form(name: str, value: Tensor) -> None:
     """ValueError unless a value is an ordinary tensor on the CPU that is as large as the memory it came with."""
+    if value.is_quantized or (value.dtype in (torch.int8, torch.uint8) and not name.endswith("_mask")):
+        raise ValueError(f"has {name} quantized: save the network before it was quantized")
     if not is_plain(value, (torch.bool, torch.uint8, torch.int8) if name.endswith("_mask") else ()):
         raise ValueError(f"has {name} in a form that is not a plain tensor")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():

@@ -89,14 +89,15 @@ def margin(correct: int, images: int) -> float:
 def doubt(claimed: float | None, score: Score) -> str:
     """A note where the accuracy that a file of another program claims, in percent, is outside the margin of the images.
 
-    Other test images or other constants of normalization explain that, or an error.
+    Other test images or constants of normalization explain that, or another network with the same tensors.
     """
     points = 100 * margin(score.correct, score.images)
     if claimed is None or abs(claimed - score.accuracy) <= points:
         return ""
     return (
         f"its file says {claimed:.2f} %, and {score.accuracy:.2f} % were measured, more than the margin of "
-        f"{points:.2f} points away: were its images normalized by other constants (--mean, --std)?"
+        f"{points:.2f} points away: its images were normalized by other constants (--mean, --std), or it is another "
+        "network with the same tensors (docs/networks.md)"
     )
 
 

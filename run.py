@@ -287,7 +287,8 @@ class Run:
     def start(self, stages: list[Stage]) -> str:
         """A line with the number of epochs to train and, where they are many, an estimate of the time."""
         self.epochs_left = sum(stage.epochs - self.directory.epochs_done(stage) for stage in stages)
-        line = f"{len(stages)} stage{'s' * (len(stages) != 1)}, {self.epochs_left} epochs to train"
+        counts = (len(stages), "stage"), (self.epochs_left, "epoch")
+        line = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts) + " to train"
         if self.epochs_left * len(self.train_batches) < 2000:
             return line
         distilled = self.args.retrain == "distilled" and bool(self.args.pr)

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     found = [read(args.files)] if args.files else [read(files_of(directory)) for directory in directories]
     everything = {path: checkpoint for networks, _ in found for path, checkpoint in networks.items()}
     if not everything:
-        return complain([problem for _, problems in found for problem in problems])
+        complain([problem for _, problems in found for problem in problems])
+        return 2 if args.files else 1
     if not args.mean:
         checkpoints.adopt_constants(everything)
     images = data.of_checkpoints(args, everything)

@@ -6,6 +6,7 @@ NumPy to rebuild a number, it calls the functions below.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -147,10 +148,12 @@ def find(content: object) -> Found:
             f"themselves; it has {names}{' and more' if len(content) > 5 else ''}{advice}"
         )
     form, net = places[0]
+    net = {name: value for name, value in net.items() if not (value is None or isinstance(value, (int, float, str)))}
     if wrong := [name for name, value in net.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
         raise ValueError(f"has entries in its '{form}' that are not tensors, such as {wrong[0]!s:.40}")
     net = {name: value for name, value in net.items() if not name.endswith(PROFILED)}
-    return Found(form, net, content, [other for other, _ in places[1:]])
+    masks = [name for name, value in content.items() if isinstance(name, str) and "mask" in name and _is_state(value)]
+    return Found(form, net, content, [other for other, _ in places[1:]] + masks)
 
 
 def _is_weight(name: object, value: object) -> bool:
@@ -169,19 +172,25 @@ def _states(name: str, entry: object) -> Iterator[tuple[str, dict]]:
         yield from ((f"{key} in {name}", entry[key]) for key in CONTAINERS if _is_state(entry.get(key)))
 
 
-def plain_names(net: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The state_dict with plain names: without the wrappers' prefixes, then without what else stands before all names.
+def plain_names(net: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
+    """The state_dict with plain names, and which tensors it leaves out.
 
-    ValueError if two names become one.
+    First without the wrappers' prefixes, then without what else stands before all names, at last what stands before
+    most of them: a loss or a normalization beside the network is left out. ValueError if two names become one.
     """
-    plain = {WRAPPERS.sub("", name): value for name, value in net.items()}
+    plain, left_out = {WRAPPERS.sub("", name): value for name, value in net.items()}, list[str]()
     for _ in range(DEEPEST_PREFIX):
         if len(plain) < len(net):
             raise ValueError("has the same weights both with and without a prefix")
-        yield plain
+        yield plain, left_out
         first = next(iter(plain), "").partition(".")[0] + "."
         if not plain or not all(name.startswith(first) for name in plain):
-            return
+            heads = Counter(name.partition(".")[0] + "." for name in plain)
+            first, count = heads.most_common(1)[0] if heads else ("", 0)
+            if left_out or 2 * count <= len(plain):
+                return
+            left_out = [name for name in plain if not name.startswith(first)]
+            net = plain = {name: value for name, value in plain.items() if name.startswith(first)}
         plain = {name.removeprefix(first): value for name, value in plain.items()}
 
 
@@ -258,6 +267,8 @@ def converted(name: str, value: Tensor, mask: Tensor | None, dtype: torch.dtype)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"has {name}_mask with values other than 0 and 1")
         found = torch.where(mask != 0, found, 0.0)
+    if name.endswith("running_var") and (found < 0).any():
+        raise ValueError(f"has variances below zero in {name}")
     if not found.isfinite().all():
         large = value.isfinite().all()
         raise ValueError(f"has values in {name} that are not finite" + (" in float32" if large else ""))

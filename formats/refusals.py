@@ -127,7 +127,9 @@ def refused(pickled: bytes, path: Path, asked: str = "") -> str:
 
 def command(weights: str, path: Path) -> str:
     """A command line that saves what a Python expression about a file, its argument, gives."""
-    return f"python -c \"import sys, torch; torch.save({weights}, 'weights.pth')\" {shlex.quote(str(path))}"
+    return (
+        f"python -c \"import sys, torch; torch.save({weights}, sys.argv[1] + '.weights.pth')\" {shlex.quote(str(path))}"
+    )
 
 
 def _asks_for(content: bytes) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 Shapes = Mapping[str, tuple[int, ...]]
 Layout = Callable[[str, int], Shapes]  # of an architecture with so many classes
 
+ALIKE = 0.2  # of the tensors of two networks; with fewer equal ones no difference is the first
 COUNTER = ".num_batches_tracked"  # of a BatchNorm; old files have none, and nothing here uses them
 CLASSIFIER = re.compile(r"(fc|linear|classifier|heads?|logits|output|last_linear)\d*(\.(\d+|fc|linear|head))*", re.I)
 STAGE = re.compile(r"^(layer|stage|block|group)_?(\d+)(\.layers?)?(?=\.\d)")
@@ -38,11 +39,12 @@ def identify(file: Shapes, ours: Iterable[str], others: Callable[[], Iterable[st
 
     Raises ValueError when none fits, naming the closest and the first difference after renaming, and when several fit.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, tuple[float, list[str]]] = {}
 
     def by_names(arch: str) -> Match | None:
-        names, found[arch] = compare(file, arch, layout)
-        return None if found[arch] else Match(arch, names)
+        names, differences, likeness = compare(file, arch, layout)
+        found[arch] = likeness, differences
+        return None if differences else Match(arch, names)
 
     if match := next(filter(None, map(by_names, ours)), None):
         return match
@@ -53,8 +55,12 @@ def identify(file: Shapes, ours: Iterable[str], others: Callable[[], Iterable[st
         return matches[0]
     if match := next(filter(None, map(by_names, others())), None):
         return match
-    closest = min(found, key=lambda arch: len(found[arch]))
-    first, more = found[closest][0], len(found[closest]) - 1
+    closest = max(found, key=lambda arch: found[arch][0])
+    likeness, differences = found[closest]
+    first, more = differences[0], len(differences) - 1
+    if likeness < ALIKE:
+        tensors = ", ".join(f"{name} {tuple(shape)}" for name, shape in list(file.items())[:3])
+        raise ValueError(f"fits no known network (docs/networks.md) and is like none of them; it begins with {tensors}")
     raise ValueError(f"fits no known network; closest is {closest}, but {first}" + f" (and {more} more)" * (more > 0))
 
 
@@ -74,8 +80,8 @@ def canonical(shapes: Shapes) -> dict[str, str]:
     return spelled if len(set(spelled.values())) == len(spelled) else {name: name for name in shapes}
 
 
-def compare(file: Shapes, arch: str, layout: Layout) -> tuple[dict[str, str], list[str]]:
-    """The names of the file -> those of the network, and every difference in words."""
+def compare(file: Shapes, arch: str, layout: Layout) -> tuple[dict[str, str], list[str], float]:
+    """The names of the file -> those of the network, every difference in words, and the share of equal tensors."""
     theirs = {spelled: name for name, spelled in canonical(file).items()}
     lengths = [file[name][:1] for spelled, name in theirs.items() if spelled.startswith("classifier.")]
     expected = layout(arch, _classes(lengths or [shape[:1] for shape in file.values()]))
@@ -91,7 +97,8 @@ def compare(file: Shapes, arch: str, layout: Layout) -> tuple[dict[str, str], li
         for name, ours in names.items()
         if tuple(file[name]) != tuple(expected[ours])
     ]
-    return names, missing + extra + shapes
+    equal = len(names) - len(shapes)
+    return names, missing + extra + shapes, equal / (len(file) + len(expected) - equal)
 
 
 def compare_order(file: Shapes, arch: str, layout: Layout) -> dict[str, str]:

@@ -108,6 +108,21 @@ FORMS: dict[str, tuple[Callable[[dict], bytes], str]] = {
     "nested": (lambda net: saved({"model": {"state_dict": net}, "epoch": 3}), "state_dict in model of resnet20"),
     "nested wrapper": (lambda net: saved({"state_dict": {"model": net}}), "model in state_dict of resnet20"),
     "bare": (bare, "bare state_dict of resnet20"),
+    "a loss beside the network": (
+        lambda net: saved({f"model.{name}": net[name] for name in net} | {"criterion.weight": torch.ones(2)}),
+        "bare state_dict of resnet20, without criterion.weight",
+    ),
+    "a normalization before it": (
+        lambda net: saved(
+            {f"1.{name}": net[name] for name in net} | {"0.mean": torch.ones(3), "0.std": torch.ones(3)}
+        ),
+        "bare state_dict of resnet20, without 0.mean, 0.std",
+    ),
+    "masks in an entry of their own": (
+        lambda net: saved({"net": net, "mask": {"conv1.weight": torch.ones(16, 3, 3, 3)}}),
+        "net of resnet20, not mask",
+    ),
+    "numbers among the tensors": (lambda net: saved({"net": net | {"epoch": 3, "none": None}}), "net of resnet20"),
     "bare, with more": (lambda net: saved(net | {"epoch": 3, "acc": 90.0}), "bare state_dict of resnet20, 90.00 %"),
     "a name of its own": (lambda net: saved({"student": net, "ema": net, "epoch": 3}), "student of resnet20"),
     "several": (lambda net: saved({"model": {}, "state_dict": net, "network": net}), "state_dict of resnet20, not net"),
@@ -306,7 +321,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "our network": (lambda: saved(trained()), r"a whole network, pickled as models.resnet.ResNet, .*only if you trust"),
     "a network in a dictionary": (
         lambda: saved({"net": trained(), "acc": 90.0}),
-        r"network, pickled as models.resnet.ResNet.*\(torch.load\(.*False\)\['net'\].state_dict\(\), 'weights.pth'\)",
+        r"network, pickled as models.resnet.ResNet.*\(torch.load\(.*False\)\['net'\].state_dict\(\), .*weights.pth'\)",
     ),
     "a network, legacy": (
         lambda: saved(nn.DataParallel(trained()), _use_new_zipfile_serialization=False),
@@ -314,7 +329,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a namespace": (
         lambda: saved(small(args=argparse.Namespace(lr=0.1))),
-        rf"it asks for argparse.Namespace, not {SAFELY}.*torch.load\(.*\)\['state_dict'\], 'weights.pth'\)\" .*, only",
+        rf"it asks for argparse.Namespace, not {SAFELY}.*torch.load\(.*\)\['state_dict'\], .*weights.pth'\)\" .*, only",
     ),
     "a namespace, legacy": (
         lambda: saved(small(args=argparse.Namespace(lr=0.1)), _use_new_zipfile_serialization=False),
@@ -351,7 +366,11 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: saved({"a": small()["state_dict"], "b": small()["state_dict"]}),
         "it has 'a', 'b': to take 'a', save it alone$",
     ),
-    "another network": (lambda: saved(small()), "fits no known network; closest is .*, but .* (is|has)"),
+    "another network": (lambda: saved(small()), r"is like none of them; it begins with conv1.weight \(3,\)$"),
+    "a variance below zero": (
+        lambda: saved({"net": trained().state_dict() | {"bn1.running_var": torch.full((16,), -1.0)}}),
+        "has variances below zero in bn1.running_var$",
+    ),
 }  # fmt: skip
 
 
@@ -381,7 +400,7 @@ def test_the_command_that_a_refusal_names_saves_what_is_taken(tmp_path, monkeypa
         code, argument = shlex.split(str(failure.value).partition(" -c ")[2].partition(", only")[0])
         monkeypatch.setattr(sys, "argv", ["-c", argument])
         exec(code, {})
-    again = checkpoints.load_checkpoint(tmp_path / "weights.pth")
+    again = checkpoints.load_checkpoint(tmp_path / f"{path.name}.weights.pth")
     assert checkpoints.taken(again) == "bare state_dict of resnet20"
 
 
