@@ -2,17 +2,28 @@
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid")
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
 
 
 @dataclass
 class Operation:
     """One step of inference: `output` = kind(`inputs`), then `activation`.
 
-    Values are numbered; value 0 is the images (N, 3, H, W), every operation writes a new one, and the last operation
-    writes the logits (N, classes, 1, 1). All values have four dimensions and float32 elements.
+    Values are numbered; value 0 is the images (N, 3, H, W), operation number i (from 0) writes value i + 1, and the
+    last operation writes the logits (N, classes, 1, 1). All values have four dimensions and float32 elements. Only
+    convolve, affine, add, multiply and activate have an activation.
 
     kind            inputs                what it computes
     convolve        x [, residual]        Conv2d, with BatchNorm folded; the residual is added before the activation.
@@ -26,6 +37,9 @@ class Operation:
     average_pool    x                     kernel, stride, padding, ceil_mode, count_include_pad
     adaptive_pool   x                     average over `size` (rows, columns) bins, PyTorch's rule; (1, 1) is the mean
     pad_channels    x                     every stride-th pixel, with channels of zeros before and after: option A
+
+    Paddings of max_pool and average_pool are symmetric. All weights and biases are contiguous float32 tensors on the
+    CPU; convolve and affine always have both.
     """
 
     kind: str
@@ -45,6 +59,37 @@ class Operation:
     size: tuple[int, int] = (1, 1)
     channels: tuple[int, int] = (0, 0)  # pad_channels: before, after
 
+    def compute(self, values: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output for the given inputs, in PyTorch."""
+        x = values[0]
+        if self.kind == "convolve":
+            x = self.convolve(x, weight, bias)
+            if len(values) == 2:
+                x = x + values[1]
+        elif self.kind == "affine":
+            x = x * weight[:, None, None] + bias[:, None, None]
+        elif self.kind == "add":
+            x = x + values[1]
+        elif self.kind == "multiply":
+            x = x * values[1]
+        elif self.kind == "concatenate":
+            x = torch.cat(values, 1)
+        elif self.kind == "max_pool":
+            x = F.max_pool2d(x, self.kernel, self.stride, self.padding[:2], ceil_mode=self.ceil_mode)
+        elif self.kind == "average_pool":
+            x = F.avg_pool2d(x, self.kernel, self.stride, self.padding[:2], self.ceil_mode, self.count_include_pad)
+        elif self.kind == "adaptive_pool":
+            x = F.adaptive_avg_pool2d(x, self.size)
+        elif self.kind == "pad_channels":
+            x = F.pad(x[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, *self.channels))
+        return ACTIVATIONS[self.activation](x)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        top, left, bottom, right = self.padding
+        if (top, left) != (bottom, right):
+            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+        return F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)
+
 
 @dataclass
 class Program:
@@ -56,3 +101,64 @@ class Program:
 
     operations: list[Operation] = field(default_factory=list)
     image_size: tuple[int, int] = (32, 32)
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> Tensor:
+        """The reference: (N, 3, H, W) images -> (N, classes) logits, computed by PyTorch in the type of the images."""
+        return self.values(images)[-1].flatten(1)
+
+    @torch.no_grad()
+    def values(self, images: Tensor) -> list[Tensor]:
+        """All values, by number."""
+        values = [images]
+        for operation in self.operations:
+            weight, bias = (None if x is None else x.to(images) for x in (operation.weight, operation.bias))
+            values.append(operation.compute([values[number] for number in operation.inputs], weight, bias))
+        return values
+
+    def shapes(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int, int]]:
+        """(channels, height, width) of every value, by number."""
+        images = torch.empty(1, 3, *(image_size or self.image_size), device="meta")
+        return [tuple(value.shape[1:]) for value in self.values(images)]
+
+    def nonzeros(self) -> int:
+        """Weights and biases that are not zero."""
+        tensors = [x for operation in self.operations for x in (operation.weight, operation.bias) if x is not None]
+        return sum(int(x.count_nonzero()) for x in tensors)
+
+    def macs(self) -> int:
+        """Multiply-adds of the convolutions with nonzero weights, for one image."""
+        shapes = self.shapes()
+        return sum(
+            int(operation.weight.count_nonzero()) * shapes[operation.output][1] * shapes[operation.output][2]
+            for operation in self.operations
+            if operation.kind == "convolve"
+        )
+
+
+class ProgramModule(nn.Module):
+    """A program as an ordinary module with parameters, for PyTorch's exporters."""
+
+    def __init__(self, program: Program):
+        super().__init__()
+        self.operations = program.operations
+        self.weights = nn.ParameterDict()
+        for operation in program.operations:
+            for kind, value in (("weight", operation.weight), ("bias", operation.bias)):
+                if value is not None:
+                    self.weights[f"{kind}{operation.output}"] = nn.Parameter(value, requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = {0: images}
+        last_use = {number: operation.output for operation in self.operations for number in operation.inputs}
+        for operation in self.operations:
+            inputs = [values[number] for number in operation.inputs]
+            weight, bias = (
+                self.weights[key] if (key := f"{kind}{operation.output}") in self.weights else None
+                for kind in ("weight", "bias")
+            )
+            values[operation.output] = operation.compute(inputs, weight, bias)
+            for number in operation.inputs:
+                if last_use[number] == operation.output:
+                    values.pop(number, None)
+        return values[self.operations[-1].output].flatten(1)

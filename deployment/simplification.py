@@ -1,13 +1,129 @@
-"""Smaller networks with the same logits: fold BatchNorm into convolutions, remove dead channels."""
+"""Smaller programs with the same logits: fuse operations, remove dead channels."""
 
 import copy
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from deployment.program import Operation, Program
 from models.resnet import BasicBlock, Bottleneck, ResNet
+
+ACTIVATED = ("convolve", "affine", "add", "multiply", "activate")  # kinds that have an activation
+
+
+# --- Fusing --------------------------------------------------------------------------------------------------------
+
+
+def fuse(program: Program) -> Program:
+    """BatchNorm, activations and residual additions as parts of the operations that can absorb them.
+
+    BatchNorm is folded into the convolution before it if nothing else reads that (Jacob et al. 2018). Values that
+    nothing reads are dropped. Logits stay the same up to rounding.
+    """
+    operations = unread_dropped(program.operations)
+    for absorb in absorb_affine, absorb_activation, absorb_addition, absorb_activation:
+        operations = absorb(operations)
+    return Program(numbered(operations), program.image_size)
+
+
+def unread_dropped(operations: list[Operation]) -> list[Operation]:
+    """The operations that the last one needs."""
+    needed, kept = {operations[-1].output}, []
+    for operation in reversed(operations):
+        if operation.output in needed:
+            needed.update(operation.inputs)
+            kept.append(operation)
+    return kept[::-1]
+
+
+def numbered(operations: list[Operation]) -> list[Operation]:
+    """The same operations with values numbered in their order."""
+    new = {0: 0} | {operation.output: number for number, operation in enumerate(operations, 1)}
+    return [
+        replace(operation, inputs=[new[number] for number in operation.inputs], output=new[operation.output])
+        for operation in operations
+    ]
+
+
+def reads(operations: list[Operation]) -> dict[int, int]:
+    """How often each value is read; the logits are read once more."""
+    counts = {operation.output: 0 for operation in operations} | {0: 0}
+    for operation in operations:
+        for number in operation.inputs:
+            counts[number] += 1
+    counts[operations[-1].output] += 1
+    return counts
+
+
+def absorb_affine(operations: list[Operation]) -> list[Operation]:
+    counts, kept = reads(operations), {}
+    for operation in operations:
+        before = kept.get(operation.inputs[0])
+        if (
+            operation.kind == "affine"
+            and before is not None
+            and before.kind in ("convolve", "affine")
+            and before.activation == "none"
+            and counts[before.output] == 1
+        ):
+            scale, shift = operation.weight.double(), operation.bias.double()
+            weight = before.weight.double() * scale.view(-1, *[1] * (before.weight.dim() - 1))
+            bias = before.bias.double() * scale + shift
+            del kept[before.output]
+            operation = replace(
+                before, output=operation.output, weight=weight.float(), bias=bias.float(),
+                activation=operation.activation,
+            )  # fmt: skip
+        kept[operation.output] = operation
+    return list(kept.values())
+
+
+def absorb_activation(operations: list[Operation]) -> list[Operation]:
+    counts, kept = reads(operations), {}
+    for operation in operations:
+        before = kept.get(operation.inputs[0])
+        if operation.kind == "activate" and before is not None and counts[before.output] == 1:
+            takes = before.kind in ACTIVATED and before.activation == "none"
+            if takes or operation.activation == "none":
+                del kept[before.output]
+                activation = operation.activation if takes else before.activation
+                operation = replace(before, output=operation.output, activation=activation)
+        kept[operation.output] = operation
+    return list(kept.values())
+
+
+def absorb_addition(operations: list[Operation]) -> list[Operation]:
+    """Each addition into the later of the convolutions that write its inputs.
+
+    The convolution moves to the place of the addition, because its residual may be computed after it.
+    """
+    counts, kept = reads(operations), {}
+    for operation in operations:
+        if operation.kind == "add":
+            for number in sorted(operation.inputs, reverse=True):
+                before = kept.get(number)
+                if (
+                    before is not None
+                    and before.kind == "convolve"
+                    and len(before.inputs) == 1
+                    and before.activation == "none"
+                    and counts[number] == 1
+                ):
+                    residual = operation.inputs[1 - operation.inputs.index(number)]
+                    del kept[number]
+                    operation = replace(
+                        before, inputs=[*before.inputs, residual], output=operation.output,
+                        activation=operation.activation,
+                    )  # fmt: skip
+                    break
+        kept[operation.output] = operation
+    return list(kept.values())
+
+
+# --- Of ResNets, for the engine that is being replaced ------------------------------------------------------------
 
 
 def fold(network: ResNet) -> ResNet:
