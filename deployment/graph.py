@@ -100,7 +100,13 @@ def lower(network: nn.Module, image_size: int | tuple[int, int] = 32) -> Program
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    return fuse(Program(reader.operations, size))
+    program = fuse(Program(reader.operations, size))
+    own = {value.data_ptr() for value in (*network.parameters(), *network.buffers())}
+    for operation in program.operations:  # later changes to the network have no effect
+        for key in ("weight", "bias"):
+            if (value := getattr(operation, key)) is not None and value.data_ptr() in own:
+                setattr(operation, key, value.clone())
+    return program
 
 
 class Reader(TorchFunctionMode):
@@ -179,7 +185,7 @@ class Reader(TorchFunctionMode):
         name = self.modules[-1][0] if self.modules else ""
         for key in ("weight", "bias"):
             if key in fields:
-                fields[key] = fields[key].detach().to("cpu", torch.float32, copy=True).contiguous()
+                fields[key] = fields[key].detach().to("cpu", torch.float32).contiguous()
         self.operations.append(Operation(kind, inputs, len(self.operations) + 1, name=name, **fields))
         return Value(len(self.operations), tuple(shape))
 
