@@ -1,8 +1,9 @@
 """Read any convolutional network as a program.
 
-PyTorch runs the network once, on images without data (device meta), and a TorchFunctionMode sees every function that
-it calls, whether a module, `F` or a method calls it. Tracing by torch.fx would see proxies without shapes in place of
-tensors, and would need a rule for each module besides the one for each function.
+PyTorch runs the network once, on black images, and a TorchFunctionMode sees every function that it calls, whether a
+module, `F` or a method calls it. Convolutions and Linear layers are not computed. Tracing by torch.fx would see proxies
+without shapes in place of tensors, and would need a rule for each module besides the one for each function. Tensors of
+the device meta would cost two seconds of imports.
 
 Functions that only move elements (view, flatten, transpose, chunk, slices, padding with zeros) write no operation.
 They are applied to a tensor of element numbers instead. The next operation reads off the numbers which elements it
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deployment.program import Operation, Program
-from deployment.rules import RULES
+from deployment.rules import FACTS, RULES, STAND_INS
 from deployment.selection import BATCH, Selection, Value, numbers, select, with_four_dimensions
 from deployment.simplification import fuse
 
@@ -41,7 +42,7 @@ def lower(network: nn.Module, image_size: int | tuple[int, int] = 32) -> Program
     reader = Reader()
     modes = {module: module.training for module in network.modules()}
     hooks: list = []
-    images = torch.empty(BATCH, 3, *size, device="meta")
+    images = torch.zeros(BATCH, 3, *size)
     images.program_value = Value(0, (3, *size))
     try:
         for name, module in network.named_modules():
@@ -106,11 +107,11 @@ class Reader(TorchFunctionMode):
             args = (*args, kwargs.pop("other"))
         if not any(hasattr(x, "program_value") for x in flat([args, kwargs])):
             return function(*args, **kwargs)
-        # The same call without data: its shapes, the errors of PyTorch, and the tensor that an in-place call changes.
-        result = function(*without_data(args), **without_data(kwargs))
-        if not any(isinstance(x, Tensor) for x in flat(result)):
-            return result  # a shape
         name = (function.__self__ if function.__name__ == "__get__" else function).__name__.strip("_")
+        # Shapes, the errors of PyTorch, and the tensor that an in-place call changes.
+        result = STAND_INS.get(name, function)(*on_cpu(args), **on_cpu(kwargs))
+        if name in FACTS:
+            return result
         if name not in RULES:
             raise self.unsupported(f"calls {name}, which is not supported")
         values = [getattr(x, "program_value", x) for x in args]
@@ -202,10 +203,10 @@ def flat(value: object) -> list:
     return [leaf for part in value for leaf in flat(part)] if isinstance(value, (list, tuple)) else [value]
 
 
-def without_data(value):
-    """The same arguments with tensors on the device meta."""
+def on_cpu(value):
+    """The same arguments with tensors on the CPU."""
     if isinstance(value, Tensor):
-        return value if value.is_meta else value.to("meta")
+        return value.cpu()
     if isinstance(value, dict):
-        return {key: without_data(part) for key, part in value.items()}
-    return type(value)(map(without_data, value)) if type(value) in (list, tuple) else value
+        return {key: on_cpu(part) for key, part in value.items()}
+    return type(value)(map(on_cpu, value)) if type(value) in (list, tuple) else value

@@ -17,6 +17,9 @@ ACTIVATIONS = {
 }
 
 
+Shape = tuple[int, int, int]  # channels, height, width
+
+
 @dataclass
 class Operation:
     """One step of inference: `output` = kind(`inputs`), then `activation`.
@@ -84,6 +87,31 @@ class Operation:
             x = F.pad(x[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, *self.channels))
         return ACTIVATIONS[self.activation](x)
 
+    def shape(self, shapes: list[Shape]) -> Shape:
+        """The shape of the output for inputs of these shapes."""
+        channels, *pixels = shapes[0]
+        if self.kind == "concatenate":
+            channels = sum(shape[0] for shape in shapes)
+        elif self.kind == "pad_channels":
+            channels += sum(self.channels)
+            pixels = [-(-length // stride) for length, stride in zip(pixels, self.stride)]
+        elif self.kind == "adaptive_pool":
+            pixels = list(self.size)
+        elif self.kind in ("convolve", "max_pool", "average_pool"):
+            channels = channels if self.weight is None else len(self.weight)
+            pixels = [self.length(axis, length) for axis, length in enumerate(pixels)]
+        return (channels, pixels[0], pixels[1])
+
+    def length(self, axis: int, length: int) -> int:
+        """Rows (axis 0) or columns (1) of the output of a convolution or a pool."""
+        before, after = self.padding[axis], self.padding[axis + 2]
+        stride, reach = self.stride[axis], self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        rest = length + before + after - reach
+        if not self.ceil_mode:
+            return rest // stride + 1
+        count = -(-rest // stride) + 1
+        return count - 1 if (count - 1) * stride >= length + before else count  # no window begins in the padding
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         top, left, bottom, right = self.padding
         if (top, left) != (bottom, right):
@@ -116,10 +144,12 @@ class Program:
             values.append(operation.compute([values[number] for number in operation.inputs], weight, bias))
         return values
 
-    def shapes(self, image_size: tuple[int, int] | None = None) -> list[tuple[int, int, int]]:
+    def shapes(self, image_size: tuple[int, int] | None = None) -> list[Shape]:
         """(channels, height, width) of every value, by number."""
-        images = torch.empty(1, 3, *(image_size or self.image_size), device="meta")
-        return [tuple(value.shape[1:]) for value in self.values(images)]
+        shapes: list[Shape] = [(3, *(image_size or self.image_size))]
+        for operation in self.operations:
+            shapes.append(operation.shape([shapes[number] for number in operation.inputs]))
+        return shapes
 
     def nonzeros(self) -> int:
         """Weights and biases that are not zero."""

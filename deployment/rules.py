@@ -1,7 +1,7 @@
 """What each function of PyTorch writes into a program.
 
-A rule gets the reader, the tensor without data that the function returned, and the function's own arguments, with
-values in place of the tensors that depend on the images. It returns the value of the result, or a list of them.
+A rule gets the reader, the tensor that the function returned, and the function's own arguments, with values in place
+of the tensors that depend on the images. It returns the value of the result, or a list of them.
 """
 
 import math
@@ -17,7 +17,12 @@ from deployment.selection import BATCH, Value
 if TYPE_CHECKING:
     from deployment.graph import Reader
 
-# --- Layers ------------------------------------------------------------------------------------------------------
+# What a network may ask about a tensor without depending on its elements.
+FACTS = {"size", "dim", "ndimension", "shape", "ndim", "numel", "nelement", "len", "stride", "is_contiguous", "dtype"}
+FACTS |= {"device", "layout", "is_floating_point", "is_complex", "requires_grad", "is_cuda", "is_sparse", "is_leaf"}
+FACTS |= {"is_quantized", "is_meta", "is_nested", "is_mkldnn", "element_size", "itemsize", "grad_fn", "get_device"}
+
+# --- Layers --------------------------------------------------------------------------------------------------------
 
 
 def conv2d(reader: "Reader", result, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Value:
@@ -256,6 +261,24 @@ def pad_image(reader: "Reader", _result, x, pad, mode="constant", value=None) ->
     if mode != "constant" or value:
         raise reader.unsupported("pads with something else than zeros")
     return Value(x.number, x.shape, F.pad(x.numbered(), pad, value=-1))
+
+
+def convolved(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:  # noqa: ARG001
+    """Zeros in the shape of the output of conv2d."""
+    if x.dim() != 4 or x.shape[1] != groups * weight.shape[1]:
+        raise ValueError(f"a convolution of {groups * weight.shape[1]} channels over {tuple(x.shape)}")
+    kernel = x.new_zeros(1, 1, *weight.shape[2:])
+    return F.conv2d(x[:, :1], kernel, None, stride, padding, dilation).repeat(1, len(weight), 1, 1)
+
+
+def multiplied(x, weight, bias=None) -> Tensor:  # noqa: ARG001
+    """Zeros in the shape of the output of linear."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"a Linear layer of {weight.shape[1]} features over {tuple(x.shape)}")
+    return x.new_zeros(*x.shape[:-1], len(weight))
+
+
+STAND_INS: dict[str, Callable] = {"conv2d": convolved, "linear": multiplied}
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -208,13 +208,12 @@ def without_weights(operation: Operation) -> Operation:
 
 def nonzero_filters(weight: Tensor) -> Tensor:
     """(out,) where a filter has a weight that is not zero. NumPy is much faster at this than PyTorch."""
-    return torch.from_numpy(weight.numpy().reshape(len(weight), -1).any(1))
+    return torch.from_numpy(weight.flatten(1).numpy().any(1))
 
 
 def nonzero_channels(weight: Tensor) -> Tensor:
     """(in,) where an input channel has a weight that is not zero."""
-    out, channels = weight.shape[:2]
-    return torch.from_numpy(weight.numpy().reshape(out, -1).any(0).reshape(channels, -1).any(1))
+    return torch.from_numpy(weight.flatten(1).numpy().any(0).reshape(weight.shape[1], -1).any(1))
 
 
 Channels = dict[int, Tensor]  # by number of the value, one boolean or number for each channel
