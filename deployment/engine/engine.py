@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deployment import model_file
 from deployment.engine.build import build, library
 from deployment.graph import lower
+from deployment.simplification import without_dead_channels
 
 LANES = 4, 8, 16
 
@@ -103,7 +104,7 @@ class Engine:
             raise ValueError(f"{self.threads} threads on {usable_processors()} processors")
         if lanes not in (None, *LANES):
             raise ValueError(f"vectors of {lanes} floats, not 4, 8 or 16")
-        self.program = lower(network, image_size)
+        self.program = without_dead_channels(lower(network, image_size))
         content = model_file.write(self.program)
         self.model = Model(content, self.threads, lanes)
         self.lanes = self.model.library.engine_lanes()
