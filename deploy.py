@@ -36,9 +36,9 @@ import pruning
 import utils
 from deployment import packing, tables
 from deployment.engine import lanes_of_this_cpu, usable_processors
-from deployment.runtimes import export_onnx, in_pytorch, make_runtimes, measure_accuracy, time_runtimes
+from deployment.program import Program
+from deployment.runtimes import export_onnx, in_pytorch, make_runtimes, measure_accuracy, read, time_runtimes
 from deployment.tables import File
-from models.resnet import ResNet
 
 REPORTS = ("deploy_files.csv", "deploy_runtimes.csv", "deploy.png")
 
@@ -99,10 +99,11 @@ def main(argv: list[str] | None = None) -> None:
         plain = plain_bytes(found[path])
         files += [File(str(path), name, count, plain) for name, count in compressed_sizes(path).items()]
         files += write_packed(path, found[path], plain, args.dtype, batches[path])
-        if args.onnx:
-            model = write_onnx(path, found[path], network, dataset, batches[path])
+        program = read(path, network, size)
+        if args.onnx and program:
+            model = write_onnx(path, found[path], network, program, dataset, batches[path])
             files.append(File(str(path), "ONNX", model.stat().st_size, plain))
-        runtimes += make_runtimes(path, network, size, args.threads, baselines=path == densest)
+        runtimes += make_runtimes(path, network, program, size, args.threads, baselines=path == densest)
     print("\n" + tables.files_table(files))
     time_runtimes(runtimes, size, thread_counts, args.rounds)
     measure_accuracy(runtimes, {str(path): batches[path] for path in found}, args.threads)
@@ -186,7 +187,14 @@ def write_packed(path: Path, checkpoint: dict, plain: int, dtype: str, batches: 
     return files
 
 
-def write_onnx(path: Path, checkpoint: dict, network: ResNet, dataset: data.Dataset, batches: data.TestBatches) -> Path:
+def write_onnx(
+    path: Path,
+    checkpoint: dict,
+    network: nn.Module,
+    program: Program,
+    dataset: data.Dataset,
+    batches: data.TestBatches,
+) -> Path:
     """Write the ONNX model of a network, with what its user needs to prepare images and to name the outputs."""
     metadata = {
         "mean": batches.mean.tolist(),
@@ -195,7 +203,7 @@ def write_onnx(path: Path, checkpoint: dict, network: ResNet, dataset: data.Data
         "image_size": dataset.test.images.shape[1],
     }
     target = path.with_suffix(".onnx")
-    checkpoints.write(target, export_onnx(network, metadata["image_size"], metadata))
+    checkpoints.write(target, export_onnx(network, program, metadata))
     return target
 
 

@@ -81,6 +81,11 @@ class Operation:
             x = F.max_pool2d(x, self.kernel, self.stride, self.padding[:2], ceil_mode=self.ceil_mode)
         elif self.kind == "average_pool":
             x = F.avg_pool2d(x, self.kernel, self.stride, self.padding[:2], self.ceil_mode, self.count_include_pad)
+        elif self.kind == "adaptive_pool" and torch.onnx.is_in_onnx_export() and self.size != (1, 1):
+            for axis, bins in enumerate(self.size, 2):  # ONNX has no such pooling
+                x = torch.cat(
+                    [x.narrow(axis, *part).mean(axis, keepdim=True) for part in parts(x.shape[axis], bins)], axis
+                )
         elif self.kind == "adaptive_pool":
             x = F.adaptive_avg_pool2d(x, self.size)
         elif self.kind == "pad_channels":
@@ -117,6 +122,12 @@ class Operation:
         if (top, left) != (bottom, right):
             x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
         return F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)
+
+
+def parts(length: int, bins: int) -> list[tuple[int, int]]:
+    """First pixel and number of pixels in each bin of adaptive average pooling."""
+    ends = [(i * int(length) // bins, -(-(i + 1) * int(length) // bins)) for i in range(bins)]
+    return [(first, last - first) for first, last in ends]
 
 
 @dataclass
