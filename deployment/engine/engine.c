@@ -32,8 +32,9 @@
 #endif
 #define ENGINE_MAX_WORK 1e13        /* multiply-adds for one image */
 #define GROUP_FLOATS (1 << 26)      /* above this many floats of activations, groups of images do not pay */
-#define BLOCK_BYTES (24 * 1024)     /* of input that a sparse tile reads from one block of channels */
+#define BLOCK_BYTES (32 * 1024)     /* of input that a sparse tile reads from one block of channels */
 #define MIN_NONZEROS 16             /* a block and filter; fewer do not pay for loading and storing a tile */
+#define AHEAD 2048                  /* bytes of weights that dense tiles fetch early */
 #define MAX_PLANS 8                 /* image sizes, twice, for which an engine keeps its plans */
 
 /* ---------------------------------------------------------------------------------------------------- vectors */
@@ -73,6 +74,42 @@ static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 static inline size_t round16(size_t n) { return (n + 15) / 16 * 16; } /* floats of whole cache lines */
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+#if LANES == 16
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif LANES == 8
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+/* Every step-th float; step is 1, 2 or 4. */
+INLINE vec load_every(const int step, const float *p) {
+    if (step == 1) return load(p);
+    if (step == 2) return EVEN(load(p), load(p + LANES));
+    return EVEN(EVEN(load(p), load(p + LANES)), EVEN(load(p + 2 * LANES), load(p + 3 * LANES)));
+}
+
+/* m vectors, each with every m-th float, to m vectors of neighbors; m is 2 or 4. */
+INLINE void interleave(const int m, const vec *v, float *to) {
+    if (m == 2) {
+        store(to, ZIP_LOW(v[0], v[1]));
+        store(to + LANES, ZIP_HIGH(v[0], v[1]));
+        return;
+    }
+    vec even = ZIP_LOW(v[0], v[2]), odd = ZIP_LOW(v[1], v[3]);
+    vec even2 = ZIP_HIGH(v[0], v[2]), odd2 = ZIP_HIGH(v[1], v[3]);
+    store(to, ZIP_LOW(even, odd));
+    store(to + LANES, ZIP_HIGH(even, odd));
+    store(to + 2 * LANES, ZIP_LOW(even2, odd2));
+    store(to + 3 * LANES, ZIP_HIGH(even2, odd2));
+}
 
 enum { NONE, RELU, RELU6, HARDSWISH, SILU, SIGMOID, HARDSIGMOID, ACTIVATIONS };
 
@@ -406,18 +443,20 @@ typedef struct { uint32_t start, stop, filter, first, last; } Run;   /* the nonz
 
 /* A copy of every stride-th line and pixel of a channel: line i begins at pixel (stride * i + y, x). Single images need
    it, so that the pixels that a weight reads for one vector of outputs lie side by side at an aligned address. */
-typedef struct { int y, x, lines; size_t place; } Plane;
+typedef struct { int y, x, lines; size_t place, floats; } Plane;
 
 /* How outputs read a value: as a kernel of this size, stride and dilation that begins this far above and left. */
-typedef struct { int kernel[2], stride[2], dilation[2], top, left, rows, columns; } Window;
+typedef struct { int kernel[2], stride[2], dilation[2], top, left, rows, columns, separate; } Window;
 
 /* A convolution, prepared. Places and pitches are in floats. */
 typedef struct {
     int algorithm, rows, columns;        /* of the output */
     int blocks, block;                   /* of channels (sparse), of filters; the filters of a block */
-    int copied_source, copies, planes, masked; /* whether it reads copies, makes them, how many, and how */
+    int copied_source, copies, planes;   /* whether it reads copies, makes them, and how many planes */
+    int stride[2], step, flat, line_floats; /* of the copies: see copy_planes */
     Plane *plane;
-    int32_t *table;                      /* for each float of the copies of a channel: a mask, or what to gather or -1 */
+    int32_t *table;                      /* for each float of a channel's copies: a mask; or what to gather, -1 for 0 */
+    size_t jump;                         /* floats from one copied line to the next in the source */
     size_t copied, source, pitch, line;  /* floats of a channel's copies; first channel; channel to channel; output row to row */
     int column;                          /* floats from one output column to the next */
     uint32_t *offsets;                   /* bytes: where each channel and tap is read (dense), each tap (Winograd) */
@@ -426,7 +465,8 @@ typedef struct {
     uint32_t *starts;                    /* the runs of each block and part */
     float *weights;                      /* (blocks, channels and taps, block); Winograd: (blocks, squares, channels,
                                             block) */
-    int across, tiles, chunk;            /* Winograd: tiles in a row, (vectors of) tiles, how many at a time */
+    int across, tiles, chunk, join;      /* Winograd: tiles in a row, (vectors of) tiles, how many at a time; tiles that
+                                            lie side by side in memory */
 } Convolution;
 
 typedef struct Memory { struct Memory *next; } Memory;
@@ -473,7 +513,6 @@ static const Plane *find_plane(const Convolution *c, int planes, const Window *w
 /* The copies that the taps of a window need: one for each horizontal offset and vertical phase, or for each tap where
    lines would not start at whole vectors and the copies are small. */
 static int plan_copies(Plan *plan, Convolution *c, const Value *x, const Window *w) {
-    int separate = w->columns % LANES && w->rows * w->columns <= 4 * LANES;
     c->copies = 1;
     c->plane = allocate(plan, (uint64_t)w->kernel[0] * w->kernel[1], sizeof(Plane));
     if (!c->plane) return ENGINE_MEMORY;
@@ -481,27 +520,32 @@ static int plan_copies(Plan *plan, Convolution *c, const Value *x, const Window 
         for (int ky = 0; ky < w->kernel[0]; ky++) {
             int at_y = ky * w->dilation[0] - w->top, at_x = kx * w->dilation[1] - w->left;
             Plane *p = c->plane, *end = c->plane + c->planes;
-            while (p < end && (separate || p->x != at_x || (at_y - p->y) % w->stride[0])) p++;
-            if (p == end) *end = (Plane){at_y, at_x, 0, 0}, c->planes++;
+            while (p < end && (w->separate || p->x != at_x || (at_y - p->y) % w->stride[0])) p++;
+            if (p == end) *end = (Plane){at_y, at_x, 0, 0, 0}, c->planes++;
             p->lines = max(p->lines, (at_y - p->y) / w->stride[0] + w->rows);
         }
+    memcpy(c->stride, w->stride, sizeof c->stride);
+    c->line_floats = w->columns;
+    c->jump = (size_t)w->stride[0] * x->width;
+    c->step = w->stride[1] == 1 || w->stride[1] == 2 || w->stride[1] == 4 ? w->stride[1] : 0;
+    c->flat = c->jump == (size_t)w->stride[1] * w->columns;
     for (Plane *p = c->plane; p < c->plane + c->planes; p++) {
         p->place = c->copied;
-        c->copied += round16((size_t)p->lines * w->columns);
+        p->floats = round16((size_t)p->lines * w->columns + (c->flat ? 0 : LANES));
+        c->copied += p->floats;
     }
     if (c->copied * x->channels > ENGINE_MAX_FLOATS) return ENGINE_LARGE;
-    c->masked = w->stride[0] == 1 && w->stride[1] == 1 && w->columns == x->width;
     c->table = allocate(plan, c->copied, sizeof(int32_t));
     if (!c->table) return ENGINE_MEMORY;
     for (const Plane *p = c->plane; p < c->plane + c->planes; p++) {
-        int32_t *to = c->table + p->place, *end = to + round16((size_t)p->lines * w->columns);
+        int32_t *to = c->table + p->place, *end = to + p->floats;
         for (int line = 0; line < p->lines; line++)
             for (int column = 0; column < w->columns; column++) {
                 int y = line * w->stride[0] + p->y, from = column * w->stride[1] + p->x;
                 int inside = y >= 0 && y < x->height && from >= 0 && from < x->width;
-                *to++ = c->masked ? -inside : inside ? y * x->width + from : -1;
+                *to++ = c->step ? -inside : inside ? y * x->width + from : -1;
             }
-        while (to < end) *to++ = c->masked ? 0 : -1;
+        while (to < end) *to++ = c->step ? 0 : -1;
     }
     if ((size_t)x->channels * c->copied > plan->copies) plan->copies = (size_t)x->channels * c->copied;
     return ENGINE_OK;
@@ -533,7 +577,7 @@ static int plan_source(Plan *plan, Convolution *c, uint32_t number, const Window
     }
     const Convolution *from = plan->copied; /* a block's shortcut can read the copies of its first convolution */
     int shared = from && plan->copied_value == number && from->rows == w->rows && from->columns == w->columns
-        && from->algorithm < WINOGRAD2;
+        && !memcmp(from->stride, w->stride, sizeof from->stride) && max(from->algorithm, c->algorithm) < WINOGRAD2;
     for (int pass = shared ? 0 : 1; pass < 2; pass++) {
         if (pass == 1) {
             if ((code = plan_copies(plan, c, x, w))) return code;
@@ -688,6 +732,7 @@ static int plan_winograd(Plan *plan, Convolution *c, const Operation *op, const 
     size_t pitch; /* from one square to the next */
     c->across = ceil_div(c->columns, m);
     c->tiles = c->across * ceil_div(c->rows, m);
+    for (c->join = LANES; c->across % c->join;) c->join = c->join == LANES / 4 ? 1 : c->join / 2;
     if (!plan->grouped) c->tiles = ceil_div(c->tiles, LANES);
     c->chunk = min(c->tiles, 2);
     c->block = c->chunk > 1 ? FILTERS : 2 * FILTERS;
@@ -720,7 +765,8 @@ static int plan_convolution(Plan *plan, int number, const Operation *op, int thr
     Convolution *c = plan->convolutions + number;
     const Value *out = plan->values + number + 1;
     Window w = {{op->kernel[0], op->kernel[1]}, {op->stride[0], op->stride[1]}, {op->dilation[0], op->dilation[1]},
-                op->padding[0], op->padding[1], out->height, out->width};
+                op->padding[0], op->padding[1], out->height, out->width,
+                out->width % LANES && out->height * out->width <= 4 * LANES};
     c->algorithm = op->algorithm[(LANES == 4 ? 0 : LANES == 8 ? 1 : 2) + 3 * plan->grouped];
     int m = c->algorithm == WINOGRAD2 ? 2 : 4;
     if (plan->grouped && c->algorithm >= WINOGRAD2 && min(out->height, out->width) < m) c->algorithm = SPARSE;
@@ -728,10 +774,11 @@ static int plan_convolution(Plan *plan, int number, const Operation *op, int thr
     c->columns = out->width;
     if (c->algorithm >= WINOGRAD2) {
         w.kernel[0] = w.kernel[1] = m + 2;
-        if (!plan->grouped) {
-            w.stride[0] = w.stride[1] = m;
-            w.rows = ceil_div(w.rows, m);
+        if (!plan->grouped) { /* copies of all lines; a vector then takes its tiles from every m-th */
+            w.stride[1] = m;
+            w.rows = (ceil_div(w.rows, m) - 1) * m + 1;
             w.columns = ceil_div(w.columns, m);
+            w.separate = 0;
         }
     }
     size_t *taps = allocate(plan, (uint64_t)w.kernel[0] * w.kernel[1], sizeof(size_t));
@@ -834,7 +881,7 @@ static int fill_plan(const engine *e, Plan *plan) {
         if (op->kind != CONVOLVE) continue;
         const int *p = op->padding, *d = op->dilation, *k = op->kernel;
         for (int side = 0; side < 4 && plan->grouped; side++) x->border[side] = max(x->border[side], p[side]);
-        size_t reach = (size_t)(p[0] + p[2] + k[0] * d[0] + 2) * x->width + p[1] + p[3] + k[1] * d[1] + 16 * LANES;
+        size_t reach = (size_t)(p[0] + p[2] + k[0] * d[0] + 8) * x->width + p[1] + p[3] + k[1] * d[1] + 16 * LANES;
         if (!plan->grouped && reach > plan->margin) plan->margin = round16(reach);
     }
     for (int changed = 1; changed;) { /* a residual lies as the output does */
@@ -940,8 +987,8 @@ INLINE void sparse_tile(const int rows, const int columns, const int step, const
                 sum[i] += at->value * load(from + i / columns * t->source_line + i % columns * step * 4 * LANES);
         }
         vec floor = splat(run->last && t->activation == RELU ? 0 : -__builtin_inff());
-        UNROLL for (int u = 1; u < unroll; u++)
-            UNROLL for (int i = 0; i < size; i++) sum[i] += sum[u * size + i];
+        UNROLL for (int half = unroll / 2; half > 0; half /= 2)
+            UNROLL for (int i = 0; i < half * size; i++) sum[i] += sum[half * size + i];
         UNROLL for (int i = 0; i < size; i++)
             store(out + i / columns * t->line + i % columns * LANES, at_least(floor, sum[i]));
         if (run->last && t->activation > RELU)
@@ -982,6 +1029,7 @@ INLINE void multiply_tile(const int filters, const int vectors, const float *wei
     UNROLL for (int i = 0; i < filters * vectors; i++) sum[i] = splat(0);
     for (size_t k = 0; k < count; k++, weights += filters) {
         const char *from = source + (offsets ? offsets[k] : k * pitch);
+        __builtin_prefetch((const char *)weights + AHEAD);
         vec x[MAX_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) x[v] = load(from + v * column);
         UNROLL for (int f = 0; f < filters; f++)
@@ -1055,10 +1103,19 @@ INLINE void transform_output(const int m, vec *v, const int s) {
     v[3 * s] = SMALL * SMALL * SMALL * difference + LARGE * LARGE * LARGE * difference2 + last;
 }
 
-INLINE void input_tile(const int m, const char *from, const uint32_t *offsets, float *to, size_t pitch) {
+/* A vector in parts of `join` floats at source + places[0], places[1], ... */
+INLINE vec load_joined(const int join, const char *source, const uint32_t *places) {
+    if (join == LANES) return load(source + places[0]);
+    float v[LANES];
+    UNROLL for (int i = 0; i < LANES / join; i++) memcpy(v + i * join, source + places[i], 4 * join);
+    return load(v);
+}
+
+INLINE void input_tile(const int m, const int join, const char *from, const uint32_t *places, const uint32_t *offsets,
+                       float *to, size_t pitch) {
     const int n = m + 2;
     vec v[36];
-    UNROLL for (int i = 0; i < n * n; i++) v[i] = load(from + offsets[i]);
+    UNROLL for (int i = 0; i < n * n; i++) v[i] = load_joined(join, from + offsets[i], places);
     UNROLL for (int x = 0; x < n; x++) transform_input(m, v + x, n);
     UNROLL for (int y = 0; y < n; y++) transform_input(m, v + n * y, 1);
     UNROLL for (int i = 0; i < n * n; i++) store(to + i * pitch, v[i]);
@@ -1070,32 +1127,6 @@ INLINE void output_tile(const int m, const float *from, size_t pitch, vec *v) {
     UNROLL for (int i = 0; i < n * n; i++) v[i] = load(from + i * pitch);
     UNROLL for (int x = 0; x < n; x++) transform_output(m, v + x, n);
     UNROLL for (int y = 0; y < m; y++) transform_output(m, v + n * y, 1);
-}
-
-#if LANES == 16
-#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#elif LANES == 8
-#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#else
-#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#endif
-
-/* m vectors, each with every m-th pixel, to m vectors of neighboring pixels. */
-INLINE void interleave(const int m, const vec *v, float *to) {
-    if (m == 2) {
-        store(to, ZIP_LOW(v[0], v[1]));
-        store(to + LANES, ZIP_HIGH(v[0], v[1]));
-        return;
-    }
-    vec even = ZIP_LOW(v[0], v[2]), odd = ZIP_LOW(v[1], v[3]);
-    vec even2 = ZIP_HIGH(v[0], v[2]), odd2 = ZIP_HIGH(v[1], v[3]);
-    store(to, ZIP_LOW(even, odd));
-    store(to + LANES, ZIP_HIGH(even, odd));
-    store(to + 2 * LANES, ZIP_LOW(even2, odd2));
-    store(to + 3 * LANES, ZIP_HIGH(even2, odd2));
 }
 
 /* ------------------------------------------------------------------------------------------------- the operations */
@@ -1115,23 +1146,32 @@ static void barrier(const Call *call);
 static int first_of(const Call *call, int count) { return (int)((int64_t)count * call->thread / call->threads); }
 static int last_of(const Call *call, int count) { return (int)((int64_t)count * (call->thread + 1) / call->threads); }
 
+INLINE void copy_plane(const int step, const float *from, size_t jump, const int32_t *mask, float *to, int lines,
+                       int columns, size_t length) {
+    for (int line = 0; line < lines; line++, from += jump, mask += columns, to += columns)
+        for (size_t i = 0; i < length; i += LANES)
+            store(to + i, (vec)((bits)load_every(step, from + step * i) & *(const bits *)(mask + i)));
+}
+
+/* Where lines follow each other like columns (flat), a plane is one long line. Otherwise the last vector of a line
+   reaches into the next line, which is written later. */
 static void copy_planes(const Call *call, const Convolution *c, const Value *x) {
-    float *copies = call->arena + call->plan->floats;
     for (int channel = first_of(call, x->channels); channel < last_of(call, x->channels); channel++) {
         const float *from = call->arena + x->place + channel * x->pitch;
-        float *to = copies + channel * c->copied;
-        if (!c->masked) {
-            for (size_t i = 0; i < c->copied; i++) {
-                int32_t at = c->table[i];
-                to[i] = at < 0 ? 0 : from[at];
-            }
-            continue;
-        }
+        float *copies = call->arena + call->plan->floats + channel * c->copied;
         for (const Plane *p = c->plane; p < c->plane + c->planes; p++) {
-            const float *shifted = from + (ptrdiff_t)p->y * x->width + p->x;
-            size_t floats = round16((size_t)p->lines * c->columns);
-            for (size_t i = 0; i < floats; i += LANES)
-                store(to + p->place + i, (vec)(*(const bits *)(shifted + i) & *(const bits *)(c->table + p->place + i)));
+            const float *start = from + (ptrdiff_t)p->y * x->width + p->x;
+            const int32_t *table = c->table + p->place;
+            float *to = copies + p->place;
+            int lines = c->flat ? 1 : p->lines, columns = c->line_floats;
+            size_t length = c->flat ? p->floats : (size_t)columns;
+            switch (c->step) {
+            case 1: copy_plane(1, start, c->jump, table, to, lines, columns, length); break;
+            case 2: copy_plane(2, start, c->jump, table, to, lines, columns, length); break;
+            case 4: copy_plane(4, start, c->jump, table, to, lines, columns, length); break;
+            default:
+                for (size_t i = 0; i < p->floats; i++) to[i] = table[i] < 0 ? 0 : from[table[i]];
+            }
         }
     }
 }
@@ -1224,18 +1264,40 @@ static void run_dense(const Call *call, const Convolution *c, const Operation *o
 static int tile_row(const Convolution *c, int m, int tile) { return min(tile / c->across * m, c->rows - m); }
 static int tile_column(const Convolution *c, int m, int tile) { return min(tile % c->across * m, c->columns - m); }
 
-INLINE void winograd_inputs(const int m, const Call *call, const Convolution *c, const Tile *t, int depth, int from,
-                            int to, int tile, int tiles, float *inputs) {
-    for (int channel = from; channel < to; channel++)
-        for (int i = 0; i < tiles; i++) {
-            const char *source = t->source + 4 * channel * c->pitch;
-            if (call->plan->grouped)
-                source += tile_row(c, m, tile + i) * t->source_line + tile_column(c, m, tile + i) * t->source_column;
-            else
-                source += (size_t)(tile + i) * 4 * LANES;
-            input_tile(m, source, c->offsets, inputs + (size_t)(channel * tiles + i) * LANES,
-                       (size_t)(depth * tiles + 1) * LANES);
+/* Where the parts of a vector of tiles begin: grouped, one tile of every image; single, different tiles. */
+static void place_tiles(const Call *call, const Convolution *c, const Tile *t, int m, int tile, uint32_t *places) {
+    if (call->plan->grouped)
+        places[0] = (uint32_t)(tile_row(c, m, tile) * t->source_line + tile_column(c, m, tile) * t->source_column);
+    else
+        for (int i = 0; i < LANES / c->join; i++) {
+            int at = min(tile * LANES + i * c->join, c->across * ceil_div(c->rows, m) - c->join);
+            places[i] = 4 * (uint32_t)(at / c->across * m * c->across + at % c->across);
         }
+}
+
+INLINE void winograd_inputs(const int m, const int join, const Call *call, const Convolution *c, const Tile *t,
+                            int depth, int tile, int tiles, float *inputs) {
+    uint32_t places[2][LANES];
+    int threads_share = !call->plan->grouped; /* else each thread has tiles of its own */
+    int from = threads_share ? first_of(call, depth) : 0, to = threads_share ? last_of(call, depth) : depth;
+    for (int i = 0; i < tiles; i++) place_tiles(call, c, t, m, tile + i, places[i]);
+    for (int channel = from; channel < to; channel++)
+        for (int i = 0; i < tiles; i++)
+            input_tile(m, join, t->source + 4 * channel * c->pitch, places[i], c->offsets,
+                       inputs + (size_t)(channel * tiles + i) * LANES, (size_t)(depth * tiles + 1) * LANES);
+}
+
+static void transform_inputs(int m, const Call *call, const Convolution *c, const Tile *t, int depth, int tile,
+                             int tiles, float *inputs) {
+    int join = call->plan->grouped ? LANES : c->join;
+    if (m == 2 && join == LANES) winograd_inputs(2, LANES, call, c, t, depth, tile, tiles, inputs);
+    else if (m == 2 && join == LANES / 2) winograd_inputs(2, LANES / 2, call, c, t, depth, tile, tiles, inputs);
+    else if (m == 2 && join == LANES / 4) winograd_inputs(2, LANES / 4, call, c, t, depth, tile, tiles, inputs);
+    else if (m == 2) winograd_inputs(2, 1, call, c, t, depth, tile, tiles, inputs);
+    else if (join == LANES) winograd_inputs(4, LANES, call, c, t, depth, tile, tiles, inputs);
+    else if (join == LANES / 2) winograd_inputs(4, LANES / 2, call, c, t, depth, tile, tiles, inputs);
+    else if (join == LANES / 4) winograd_inputs(4, LANES / 4, call, c, t, depth, tile, tiles, inputs);
+    else winograd_inputs(4, 1, call, c, t, depth, tile, tiles, inputs);
 }
 
 /* The outputs of a block of filters for some tiles: grouped, in place; single, lines of each tile row in `outputs`. */
@@ -1282,15 +1344,21 @@ static void activate_floats(float *x, size_t floats, int activation) {
 
 /* One image: from lines of the rows of all tiles to the channel. */
 static void finish_channel(int m, const Convolution *c, const Tile *t, int filter, const float *outputs) {
-    float *out = t->out + filter * t->pitch, bias = t->bias[filter];
+    float *out = t->out + filter * t->pitch;
     const float *residual = t->residual ? t->residual + filter * t->pitch : NULL;
+    vec bias = splat(t->bias[filter]), floor = splat(t->activation == RELU ? 0 : -__builtin_inff());
     for (int y = 0; y < c->rows; y++) {
         const float *from = outputs + (size_t)(y % m) * c->tiles * m * LANES + (size_t)(y / m) * c->across * m;
         float *to = out + (size_t)y * c->columns;
         const float *add = residual ? residual + (size_t)y * c->columns : NULL;
-        for (int x = 0; x < c->columns; x++) {
-            float sum = from[x] + bias + (add ? add[x] : 0);
-            to[x] = t->activation == RELU && sum < 0 ? 0 : sum;
+        for (int x = 0; x < c->columns; x += LANES) {
+            vec sum = load(from + x) + bias;
+            if (add) sum += load(add + x);
+            sum = at_least(floor, sum);
+            int left = c->columns - x;
+            if (left >= LANES) store(to + x, sum);
+            else if (left == LANES / 2) memcpy(to + x, &sum, 2 * LANES);
+            else memcpy(to + x, &sum, 4 * (size_t)left);
         }
     }
     if (t->activation > RELU) activate_floats(out, t->pitch, t->activation);
@@ -1304,7 +1372,7 @@ INLINE void run_winograd(const int m, const Call *call, const Convolution *c, co
         float *inputs = call->own, *products = call->own + inputs_floats;
         for (int i = first_of(call, chunks); i < last_of(call, chunks); i++) {
             int tile = i * c->chunk, tiles = min(c->chunk, c->tiles - tile);
-            winograd_inputs(m, call, c, t, op->depth, 0, op->depth, tile, tiles, inputs);
+            transform_inputs(m, call, c, t, op->depth, tile, tiles, inputs);
             for (int b = 0; b < c->blocks; b++)
                 winograd_filters(m, call, c, t, op->depth, b, tile, tiles, inputs, products, NULL);
         }
@@ -1313,8 +1381,8 @@ INLINE void run_winograd(const int m, const Call *call, const Convolution *c, co
     float *inputs = call->arena + call->plan->floats + call->plan->copies, *products = call->own;
     float *outputs = products + (size_t)squares * (c->block * c->chunk + 1) * LANES;
     for (int i = 0; i < chunks; i++)
-        winograd_inputs(m, call, c, t, op->depth, first_of(call, op->depth), last_of(call, op->depth), i * c->chunk,
-                        min(c->chunk, c->tiles - i * c->chunk), inputs + i * inputs_floats);
+        transform_inputs(m, call, c, t, op->depth, i * c->chunk, min(c->chunk, c->tiles - i * c->chunk),
+                         inputs + i * inputs_floats);
     barrier(call);
     for (int b = first_of(call, c->blocks); b < last_of(call, c->blocks); b++) {
         for (int i = 0; i < chunks; i++)
