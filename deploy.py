@@ -36,10 +36,10 @@ import pruning
 import utils
 from deployment import packing, tables
 from deployment.engine import lanes_of_this_cpu, usable_processors
-from deployment.runtimes import export_onnx, in_pytorch, make_runtimes, measure_accuracy, time_runtimes
+from deployment.program import Program
+from deployment.runtimes import export_onnx, in_pytorch, make_runtimes, measure_accuracy, read, time_runtimes
 from deployment.tables import File
 from formats import foreign
-from models.resnet import ResNet
 
 REPORTS = ("deploy_files.csv", "deploy_runtimes.csv", "deploy.png")
 
@@ -100,8 +100,6 @@ def main(argv: list[str] | None = None) -> None:
     batches = {path: data.test_batches(checkpoint, dataset, torch.device("cpu")) for path, checkpoint in found.items()}
     networks = {path: checkpoints.build_network(checkpoint).eval() for path, checkpoint in found.items()}
     for path, network in networks.items():
-        if args.onnx and not isinstance(network, ResNet):
-            raise utils.Failure(f"argument --onnx: {path} holds a {found[path]['arch']}, and only ResNets are exported")
         check_logits(path, network, size)
     torch.set_num_threads(args.threads)
     print(
@@ -114,13 +112,14 @@ def main(argv: list[str] | None = None) -> None:
         plain = plain_bytes(found[path])
         files += [File(str(path), name, count, plain) for name, count in compressed_sizes(path).items()]
         files += write_packed(path, found[path], plain, args.dtype, batches[path])
-        if args.onnx:
-            model = write_onnx(path, found[path], network, dataset, batches[path])
+        program = read(path, network, size)
+        if args.onnx and program:
+            model = write_onnx(path, found[path], network, program, dataset, batches[path])
             files.append(File(str(path), "ONNX", model.stat().st_size, plain))
         if args.safetensors:
             size_there = write_safetensors(path, found[path], dataset, batches[path]).stat().st_size
             files.append(File(str(path), "safetensors", size_there, plain))
-        runtimes += make_runtimes(path, network, size, args.threads, baselines=path == densest)
+        runtimes += make_runtimes(path, network, program, size, args.threads, baselines=path == densest)
     print("\n" + tables.files_table(files))
     time_runtimes(runtimes, size, thread_counts, args.rounds)
     measure_accuracy(runtimes, {str(path): batches[path] for path in found}, args.threads)
@@ -223,7 +222,14 @@ def write_safetensors(path: Path, checkpoint: dict, dataset: data.Dataset, batch
     return target
 
 
-def write_onnx(path: Path, checkpoint: dict, network: ResNet, dataset: data.Dataset, batches: data.TestBatches) -> Path:
+def write_onnx(
+    path: Path,
+    checkpoint: dict,
+    network: nn.Module,
+    program: Program,
+    dataset: data.Dataset,
+    batches: data.TestBatches,
+) -> Path:
     """Write the ONNX model of a network, with what its user needs to prepare images and to name the outputs."""
     metadata = {
         "mean": batches.mean.tolist(),
@@ -232,7 +238,7 @@ def write_onnx(path: Path, checkpoint: dict, network: ResNet, dataset: data.Data
         "image_size": dataset.test.images.shape[1],
     }
     target = path.with_suffix(".onnx")
-    checkpoints.write(target, export_onnx(network, metadata["image_size"], metadata))
+    checkpoints.write(target, export_onnx(network, program, metadata))
     return target
 
 

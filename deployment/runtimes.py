@@ -20,8 +20,9 @@ import engine
 import pruning
 import utils
 from deployment.engine import Engine
-from deployment.simplification import fold, remove_dead_channels
-from models.resnet import ResNet
+from deployment.graph import lower
+from deployment.program import Program, ProgramModule
+from deployment.simplification import without_dead_channels
 
 Function = Callable[[Tensor], Tensor]  # (N, 3, H, W) float32 images -> (N, classes) float32 logits
 Call = tuple["Runtime", int, int, Function]  # with a number of threads and a batch size
@@ -55,42 +56,59 @@ class Runtime:
         return (times[tenth], statistics.median(times), times[-1 - tenth]) if times else None
 
 
-def make_runtimes(path: Path, network: nn.Module, size: int, threads: int, baselines: bool) -> list[Runtime]:
-    """The runtimes of a network for images of `size` x `size` pixels.
+def read(path: Path, network: nn.Module, size: int) -> Program | None:
+    """The program of a network for images of `size` x `size` pixels; None, and one line on standard error, if it
+    cannot be expressed."""
+    try:
+        return lower(network, size)
+    except ValueError as error:
+        print(f"deploy.py: {path} runs in PyTorch only: {error}", file=sys.stderr)
+        return None
 
-    With `baselines`, they include those whose speed does not depend on zeros. Networks other than ResNets have only
-    PyTorch, and a line on standard error says so.
+
+def make_runtimes(
+    path: Path, network: nn.Module, program: Program | None, size: int, threads: int, baselines: bool
+) -> list[Runtime]:
+    """The runtimes of a network for images of `size` x `size` pixels; only PyTorch's without its program.
+
+    With `baselines`, they include those whose speed does not depend on zeros.
     """
     reference = in_pytorch(network)
     sparsity, runtimes = 100 * pruning.sparsity(network), []
+    nonzeros = sum(int(value.count_nonzero()) for value in network.parameters())
+    macs = program.macs() if program else sum(nonzero for _, nonzero in pruning.count_macs(network, size).values())
 
-    def add(name: str, network: nn.Module, make: Callable[[int], Function | None], accuracy: bool = False) -> None:
-        nonzeros = sum(int(value.count_nonzero()) for value in network.parameters())
-        macs = sum(nonzero for _, nonzero in pruning.count_macs(network, size).values())
+    def add(name: str, make: Callable[[int], Function | None], accuracy: bool = False) -> None:
         runtimes.append(Runtime(str(path), name, sparsity, nonzeros, macs, make, reference, accuracy))
 
-    add("PyTorch fp32", network, lambda _: reference, accuracy=True)
-    if not isinstance(network, ResNet):
-        reason = "only ResNets can lose dead channels, be exported and run in the sparse engine"
-        print(f"deploy.py: {path} is packed, and timed in PyTorch alone: {reason}", file=sys.stderr)
-        return runtimes
-    small = remove_dead_channels(network)
+    add("PyTorch fp32", lambda _: reference, accuracy=True)
     if baselines:
-        channels_last = fold(network).to(memory_format=torch.channels_last)
-        add("PyTorch fp32, folded, channels_last", network, lambda _: in_pytorch(channels_last))
-        compiled = compile_or_warn(channels_last, size)
+        folded = ProgramModule(program) if program else network
+        compiled = compile_or_warn(in_channels_last(folded), size)
+        if program:
+            channels_last = in_channels_last(folded)
+            add("PyTorch fp32, folded, channels_last", lambda _: in_pytorch(channels_last))
         if compiled:
-            add("PyTorch fp32, compiled", network, lambda count: compiled if count == threads else None)
+            add("PyTorch fp32, compiled", lambda count: compiled if count == threads else None)
         if utils.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16:
-            rounded = copy.deepcopy(channels_last).bfloat16()
-            add("PyTorch bf16", network, lambda _: in_pytorch(rounded), accuracy=True)
-        if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
-            content = export_onnx(network, size, {})
-            add("onnxruntime fp32", network, lambda count: onnx_session(content, count))
-    if sum(value.numel() for value in small.parameters()) < sum(value.numel() for value in network.parameters()):
-        add("dead channels removed, PyTorch fp32", small, lambda _: in_pytorch(small))
-    add("sparse engine", small, lambda count: Engine(small, size, count), accuracy=True)
+            rounded = in_channels_last(folded).bfloat16()
+            add("PyTorch bf16", lambda _: in_pytorch(rounded), accuracy=True)
+        if program and importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+            content = export_onnx(network, program, {})
+            add("onnxruntime fp32", lambda count: onnx_session(content, count))
+    if program:
+        small = without_dead_channels(program)
+        nonzeros, macs = small.nonzeros(), small.macs()
+        if small.shapes() != program.shapes():
+            without_zeros = ProgramModule(small)
+            add("dead channels removed, PyTorch fp32", lambda _: in_pytorch(without_zeros))
+        add("sparse engine", lambda count: Engine(network, size, count), accuracy=True)
     return runtimes
+
+
+def in_channels_last(network: nn.Module) -> nn.Module:
+    """A copy whose convolutions have their weights in the layout that is fastest on most CPUs."""
+    return copy.deepcopy(network).to(memory_format=torch.channels_last)
 
 
 def in_pytorch(network: nn.Module) -> Function:
@@ -122,16 +140,17 @@ def compile_or_warn(network: nn.Module, size: int) -> Function | None:
         return None
 
 
-def export_onnx(network: ResNet, size: int, metadata: dict) -> bytes:
-    """An ONNX model, images (N, 3, size, size) float32 -> logits, with BatchNorm folded and dead channels removed.
+def export_onnx(network: nn.Module, program: Program, metadata: dict) -> bytes:
+    """The ONNX model of a network and its program, images (N, 3, height, width) float32 -> logits, without its dead
+    channels.
 
-    `metadata` goes into the model's metadata_props, each value as JSON. The model is compared with PyTorch if
+    `metadata` goes into the model's metadata_props, each value as JSON. The model is compared with the network if
     onnxruntime is installed; Failure if its logits differ.
     """
     import onnx
 
-    small = fold(remove_dead_channels(network))
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    small = ProgramModule(without_dead_channels(program))
+    images = torch.randn(2, 3, *program.image_size, generator=torch.Generator().manual_seed(0))
     buffer = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
@@ -201,7 +220,7 @@ def check_runtime(runtime: Runtime, batches: dict[int, Tensor], thread_counts: l
             continue
         runtime.made[threads] = function
         if isinstance(function, Engine):
-            runtime.dense_layers = len(function.dense)
+            runtime.dense_layers = len(function.all_weights(grouped=True))
         for batch, images in batches.items():
             largest = expected[batch].abs().max().clamp(min=1e-30)
             error = float((function(images) - expected[batch]).abs().max() / largest)

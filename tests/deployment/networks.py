@@ -31,9 +31,27 @@ def pruned(arch: str, density: float, classes: int = 10) -> ResNet:
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.weight.mul_(torch.rand_like(module.weight) < density).div_(max(density, 0.1) ** 0.5)
-            elif isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
+    return random_batchnorm(network)
+
+
+@torch.no_grad()
+def random_batchnorm(network: torch.nn.Module) -> torch.nn.Module:
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.2)
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
     return network.eval()
+
+
+@torch.no_grad()
+def randomize(network: torch.nn.Module, density: float) -> torch.nn.Module:
+    """Any network with random weights (of He's variance), biases, BatchNorm statistics and zeros, for evaluation."""
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            fan_in = density * module.weight[0].numel()
+            module.weight.normal_(0, (2 / fan_in) ** 0.5).mul_(torch.rand_like(module.weight) < density)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.2)
+    return random_batchnorm(network)

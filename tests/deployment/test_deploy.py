@@ -18,6 +18,7 @@ import deploy
 import pruning
 import utils
 from deployment import packing, runtimes, tables
+from deployment.graph import lower
 
 PRUNED = "90percent_single_ckpt.pth"
 
@@ -156,7 +157,36 @@ def test_written_files_are_compared_with_the_checkpoint(deployed, tmp_path, monk
         deploy.write_packed(path, checkpoint, 1, "fp32", [])
     with monkeypatch.context() as patch, pytest.raises(utils.Failure, match="logits of the ONNX model differ"):
         patch.setattr(runtimes, "onnx_session", lambda *_: lambda images: torch.full((len(images), 10), float("nan")))
-        runtimes.export_onnx(pruned("padded", 0.5), 16, {})
+        network = pruned("padded", 0.5)
+        runtimes.export_onnx(network, lower(network, 16), {})
+
+
+def test_a_network_without_a_program_runs_in_pytorch_only(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.LazyLinear(5))
+    network(torch.zeros(1, 3, 16, 16))
+    program = runtimes.read(Path("x.pth"), network, 16)
+    assert program is None
+    error = capsys.readouterr().err
+    assert error == "deploy.py: x.pth runs in PyTorch only: 1 (GELU) calls gelu, which is not supported\n"
+    made = runtimes.make_runtimes(Path("x.pth"), network, program, 16, 1, baselines=True)
+    assert {runtime.name for runtime in made} <= {"PyTorch fp32", "PyTorch bf16"}
+    assert made[0].macs == 4 * 27 * 14 * 14 + 5 * 4 * 14 * 14
+
+
+@pytest.mark.parametrize("size, bins", [((7, 10), (3, 4)), ((2, 3), (7, 1)), ((6, 6), (3, 2))])
+def test_adaptive_pooling_in_onnx(size, bins):
+    """The exporter itself refuses bins of unequal size."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1),
+        torch.nn.AdaptiveAvgPool2d(bins),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4 * bins[0] * bins[1], 5),
+    )
+    session = onnxruntime.InferenceSession(runtimes.export_onnx(network, lower(network, size), {}))
+    images = torch.randn(3, 3, *size)
+    logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(logits, network(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_each_number_of_threads_is_measured_and_reported():
