@@ -40,8 +40,5 @@ def test_a_network_goes_through_all_commands(arch, tmp_path, monkeypatch):
     again = checkpoints.load_checkpoint(packing.name(path))
     assert checkpoints.digest(again["net"]) == checkpoints.digest(checkpoint["net"])
     path.with_suffix(".packed").unlink()
-    done = call("deploy.py", path, "--dataset", images, "--rounds", "1", "--threads", "1")
-    assert done.returncode == 0, done.stderr
-    assert "is packed, and timed in PyTorch alone: only ResNets can lose dead channels" in done.stderr
-    done = call("deploy.py", path, "--dataset", images, "--onnx")
-    assert done.returncode == 2 and f"holds a {arch}, and only ResNets are exported" in done.stderr
+    printed = succeed("deploy.py", path, "--dataset", images, "--rounds", "1", "--threads", "1", "--onnx")
+    assert "sparse engine" in printed and path.with_suffix(".onnx").exists()
