@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import utils
+from models import torchvision_networks
 
 ROOT = Path(__file__).parent.parent
 # Networks this small are as fast on one thread, and two test runs side by side do not slow each other down.
@@ -100,6 +101,12 @@ def kill_at(number: int) -> Callable[..., None]:
             raise Killed
 
     return count
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Building all networks of torchvision, to find the closest one, takes seconds."""
+    monkeypatch.setattr(torchvision_networks, "names", lambda: ("torchvision:alexnet", "torchvision:vgg16_bn"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -187,6 +187,7 @@ FORMS: dict[str, tuple[Callable[[dict], bytes], str]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("few")
 def test_every_form_of_a_checkpoint_is_taken(tmp_path, form):
     make, said = FORMS[form]
     network = trained()
@@ -375,6 +376,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.usefixtures("few")
 def test_what_is_refused_is_named_with_what_to_do(tmp_path, kind):
     make, message = REFUSED[kind]
     (tmp_path / "x.pth").write_bytes(make())
@@ -404,6 +406,7 @@ def test_the_command_that_a_refusal_names_saves_what_is_taken(tmp_path, monkeypa
     assert checkpoints.taken(again) == "bare state_dict of resnet20"
 
 
+@pytest.mark.usefixtures("few")
 def test_the_first_difference_is_that_after_renaming(tmp_path):
     net = {f"module.{name.replace('linear', 'fc')}": value for name, value in trained().state_dict().items()}
     net["module.conv1.weight"] = torch.zeros(16, 1, 3, 3)

@@ -236,12 +236,6 @@ def test_a_size_that_a_network_cannot_take_is_one_line():
 COUNTER = "num_batches_tracked"
 
 
-@pytest.fixture
-def few(monkeypatch) -> None:
-    """Building all networks of torchvision takes seconds."""
-    monkeypatch.setattr(torchvision_networks, "names", lambda: ("torchvision:alexnet", "torchvision:vgg16_bn"))
-
-
 @pytest.mark.parametrize("arch", models.NAMES)
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_names_and_shapes_identify_a_network(arch, classes):

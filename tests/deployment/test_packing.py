@@ -69,8 +69,11 @@ def test_nothing_is_lost(sparsity):
     assert packing.pack(original) == content
 
 
+TOO_LARGE = ("resnet20", "resnet50", "wrn-28-10", "vgg16", "vgg19")  # for a test; others of their families are packed
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [arch for arch in models.ARCHITECTURES if arch != "resnet20"])
+@pytest.mark.parametrize("arch", [arch for arch in models.ARCHITECTURES if arch not in TOO_LARGE])
 def test_every_network_can_be_packed(arch):
     original = checkpoint(0.9, arch)
     assert same(packed.unpack(packing.pack(original)), original)
@@ -250,7 +253,11 @@ def test_rounding_is_to_nearest_keeps_the_zeros_and_is_labeled(dtype, torch_dtyp
 
 
 def test_a_packed_file_is_read_like_any_checkpoint(tmp_path):
-    checkpoints.save(tmp_path / "90percent_iter_ckpt.pth", checkpoint(0.9))
+    made = checkpoint(0.9)
+    for name, value in made["net"].items():
+        if name.endswith("running_var"):
+            value.abs_()
+    checkpoints.save(tmp_path / "90percent_iter_ckpt.pth", made)
     original = checkpoints.load_checkpoint(tmp_path / "90percent_iter_ckpt.pth")
     path = packing.name(tmp_path / "90percent_iter_ckpt.pth")
     assert path == tmp_path / "90percent_iter_ckpt.packed"
