@@ -962,13 +962,15 @@ INLINE void sparse_tile(const int rows, const int columns, const int step, const
     for (; run < end; run++) {
         float *out = t->out + run->filter * t->pitch;
         vec sum[16];
-        vec start = splat(run->first ? t->bias[run->filter] : 0);
-        const float *add = !run->first ? out : t->residual ? t->residual + run->filter * t->pitch : NULL;
-        if (add) {
+        vec bias = splat(t->bias[run->filter]);
+        if (!run->first) {
+            UNROLL for (int i = 0; i < size; i++) sum[i] = load(out + i / columns * t->line + i % columns * LANES);
+        } else if (t->residual) {
+            const float *add = t->residual + run->filter * t->pitch;
             UNROLL for (int i = 0; i < size; i++)
-                sum[i] = start + load(add + i / columns * t->line + i % columns * LANES);
+                sum[i] = bias + load(add + i / columns * t->line + i % columns * LANES);
         } else {
-            UNROLL for (int i = 0; i < size; i++) sum[i] = start;
+            UNROLL for (int i = 0; i < size; i++) sum[i] = bias;
         }
         UNROLL for (int i = size; i < size * unroll; i++) sum[i] = splat(0);
         const Nonzero *at = nonzeros + run->start, *stop = nonzeros + run->stop;
@@ -986,11 +988,11 @@ INLINE void sparse_tile(const int rows, const int columns, const int step, const
             UNROLL for (int i = 0; i < size; i++)
                 sum[i] += at->value * load(from + i / columns * t->source_line + i % columns * step * 4 * LANES);
         }
-        vec floor = splat(run->last && t->activation == RELU ? 0 : -__builtin_inff());
         UNROLL for (int half = unroll / 2; half > 0; half /= 2)
             UNROLL for (int i = 0; i < half * size; i++) sum[i] += sum[half * size + i];
-        UNROLL for (int i = 0; i < size; i++)
-            store(out + i / columns * t->line + i % columns * LANES, at_least(floor, sum[i]));
+        if (run->last && t->activation == RELU)
+            UNROLL for (int i = 0; i < size; i++) sum[i] = at_least(splat(0), sum[i]);
+        UNROLL for (int i = 0; i < size; i++) store(out + i / columns * t->line + i % columns * LANES, sum[i]);
         if (run->last && t->activation > RELU)
             for (int i = 0; i < size; i++) {
                 float *p = out + i / columns * t->line + i % columns * LANES;
