@@ -124,7 +124,10 @@ def training_images(checkpoint: dict, dataset: data.Dataset) -> np.ndarray:
 def make_rows(name: str, source: Source, size: int, workers: dict[str, "Worker"], baselines: bool) -> list[Runtime]:
     """What is to be measured on one network."""
     network = load(*source)
-    program = lower(network, size)
+    try:
+        program = lower(network, size)
+    except ValueError as error:
+        raise utils.Failure(f"{name}: {error}") from None
     small, sparsity, reference = without_dead_channels(program), 100 * pruning.sparsity(network), in_pytorch(network)
     return [
         Runtime(
@@ -163,7 +166,7 @@ def check(rows: list[tuple[Runtime, int]], workers: dict[str, "Worker"], size: i
                     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
                     expected = row.reference(images)
                     error = (workers[row.name].function(index, count)(images) - expected).abs().max()
-                    row.error = max(row.error, float(error / expected.abs().max()))
+                    row.error = max(row.error, float(error / expected.abs().max().clamp(min=1e-30)))
                 calls += [(row, index, count, batch) for batch in CALLS]
             except utils.Failure as failure:
                 print(f"inference.py: {row.name} is not measured: {failure}", file=sys.stderr)
