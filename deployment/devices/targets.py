@@ -141,15 +141,8 @@ def write_page(folder: Path, models: list[dict], dataset: data.Dataset) -> None:
 def move(folder: Path, out: Path) -> None:
     """The files of a folder into another, the list of networks last."""
     out.mkdir(exist_ok=True)
-    out.chmod(0o777 & ~umask())
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "networks.json"):
         os.replace(path, out / path.name)
-
-
-def umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def compile_for(target: str) -> Path:

@@ -87,7 +87,7 @@ function show(result) {
   const order = [...result.probabilities.keys()].sort((a, b) => result.logits[b] - result.logits[a]);
   const rows = order.slice(0, SHOWN).map((i) => {
     const bar = element("div", { className: "bar" });
-    bar.style.width = percent(result.probabilities[i]);
+    bar.style.width = `${100 * result.probabilities[i]}%`;
     const cell = element("td", {}, bar);
     cell.setAttribute("aria-hidden", "true");
     return element("tr", {}, element("th", { scope: "row" }, result.names[i]), cell,
@@ -103,8 +103,8 @@ function show(result) {
   canvas.getContext("2d").putImageData(image, 0, 0);
   $("size").textContent = `As the network sees it: ${result.width} × ${result.height} pixels`;
   const milliseconds = result.milliseconds < 10 ? result.milliseconds.toFixed(2) : result.milliseconds.toFixed(1);
-  $("time").textContent = `${milliseconds} ms (mean of ${result.runs} runs)`;
-  $("status").textContent = `${state.name}: ${result.names[order[0]]}, ${percent(result.probabilities[order[0]])}`;
+  $("time").textContent = `${milliseconds} ms (${result.runs} runs)`;
+  $("status").textContent = `${state.name}: the network says ${result.names[order[0]]}, ${percent(result.probabilities[order[0]])}`;
   $("result").hidden = false;
   document.body.dataset.logits = JSON.stringify([...result.logits]); // for tests
 }
@@ -120,12 +120,12 @@ function list(index) {
   });
   $("networks").hidden = state.networks.length < 2;
   for (const sample of index.samples) {
-    const button = element("button", { type: "button" }, element("img", { src: sample.file, alt: `Sample: ${sample.label}` }));
+    const button = element("button", { type: "button" }, element("img", { src: sample.file, alt: `Sample of ${sample.label}` }));
     button.addEventListener("click", async () => {
       try {
         const response = await fetch(sample.file);
         if (!response.ok) throw new Error(String(response.status));
-        choose(await response.blob(), `Sample, ${sample.label}`);
+        choose(await response.blob(), `Sample of ${sample.label}`);
       } catch {
         complain(`${sample.file} could not be downloaded.`);
       }

@@ -4,7 +4,7 @@
 
 const STRIP = 2 ** 22;       // pixels that are drawn at once: some browsers refuse large canvases
 const MOST_PIXELS = 2e8;
-const TIMED = 150, MOST_RUNS = 1000; // milliseconds and runs of a timing: the clocks of browsers are coarse
+const TIMED = 300, ROUND = 15; // milliseconds of a timing and of one of its rounds: the clocks of browsers are coarse
 
 let engine;                  // the exports of engine.wasm
 const networks = new Map();  // by file: what load() returns
@@ -94,6 +94,20 @@ async function decode(blob) {
   return { place, width, height };
 }
 
+// The median over rounds: the first ones are slow, because browsers compile in haste and then once more.
+function time(run) {
+  const rounds = [], begin = performance.now();
+  let runs = 0, now = begin;
+  while (now < begin + TIMED) {
+    const start = now;
+    let count = 0;
+    for (; now < start + ROUND; count++, now = performance.now()) run();
+    rounds.push((now - start) / count);
+    runs += count;
+  }
+  return { runs, milliseconds: rounds.sort((a, b) => a - b)[rounds.length >> 1] };
+}
+
 function compute(file, network, picture) {
   const { handle, width, height } = network, pixels = width * height, classes = network.names.length;
   const small = allocate(3 * pixels), input = allocate(12 * pixels), output = allocate(8 * classes);
@@ -104,14 +118,11 @@ function compute(file, network, picture) {
     engine.normalize(small, pixels, engine.engine_mean(handle), engine.engine_std(handle), input);
     const code = engine.engine_run(handle, input, 1, height, width, output);
     if (code) throw new Sentence(`The network in ${file} cannot be used: ${text(engine.engine_error(code))}.`);
-    let runs = 0, now = performance.now();
-    const begin = now;
-    for (; now < begin + TIMED && runs < MOST_RUNS; runs++, now = performance.now()) {
-      engine.engine_run(handle, input, 1, height, width, output);
-    }
+    const run = () => engine.engine_run(handle, input, 1, height, width, output);
+    const { milliseconds, runs } = time(run);
     engine.softmax(output, classes, output + 4 * classes);
     return {
-      width, height, runs, milliseconds: (now - begin) / runs, names: network.names, pixels: bytesAt(small, 3 * pixels).slice(),
+      width, height, runs, milliseconds, names: network.names, pixels: bytesAt(small, 3 * pixels).slice(),
       logits: floatsAt(output, classes).slice(), probabilities: floatsAt(output + 4 * classes, classes).slice(),
     };
   } finally {
