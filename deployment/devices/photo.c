@@ -75,6 +75,7 @@ uint8_t *decode_photo(const uint8_t *bytes, size_t size, int *width, int *height
     uint8_t *found = stbi_load_from_memory(bytes, (int)size, width, height, &channels, 4);
     if (!found) {
         *why = stbi_failure_reason();
+        if (!*why || !**why) *why = "it is damaged"; /* some errors have no text */
         if (!strcmp(*why, "unknown image type")) *why = "it is neither PNG nor JPEG";
         return NULL;
     }

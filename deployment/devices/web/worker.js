@@ -68,11 +68,12 @@ async function load(file) {
   return { handle, names, width: engine.engine_width(handle), height: engine.engine_height(handle) };
 }
 
-// The pixels of a picture in the engine's memory, RGBA in front of white.
+// The pixels of a picture in the engine's memory, RGBA in front of white. By default browsers turn it upright; the
+// option that asks for it has another name in older ones.
 async function decode(blob) {
   let picture;
   try {
-    picture = await createImageBitmap(blob, { imageOrientation: "from-image", colorSpaceConversion: "none" });
+    picture = await createImageBitmap(blob, { colorSpaceConversion: "none" });
   } catch {
     throw new Sentence("This file cannot be read as a picture. Browsers read JPEG, PNG, WebP and a few more.");
   }
