@@ -42,7 +42,7 @@ def lower(network: nn.Module, image_size: int | tuple[int, int] = 32) -> Program
     reader = Reader()
     modes = {module: module.training for module in network.modules()}
     hooks: list = []
-    images = torch.zeros(BATCH, 3, *size)
+    images = torch.zeros(BATCH, 3, *size, dtype=torch.float32)
     images.program_value = Value(0, (3, *size))
     try:
         for name, module in network.named_modules():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deployment.selection import BATCH, Value
+from deployment.selection import BATCH, Value, numbers
 
 if TYPE_CHECKING:
     from deployment.graph import Reader
@@ -26,7 +26,7 @@ FACTS |= {"is_quantized", "is_meta", "is_nested", "is_mkldnn", "element_size", "
 
 
 def conv2d(reader: "Reader", result, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Value:
-    stride, dilation, kernel = pair(stride), pair(dilation), pair(weight.shape[2:])
+    stride, dilation, kernel, weight = pair(stride), pair(dilation), pair(weight.shape[2:]), weight.detach().cpu()
     if padding == "same":  # an odd pixel goes behind, as in PyTorch
         total = [d * (k - 1) for d, k in zip(dilation, kernel)]
         sides = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
@@ -34,9 +34,9 @@ def conv2d(reader: "Reader", result, x, weight, bias=None, stride=1, padding=0, 
         sides = pair(0 if padding == "valid" else padding) * 2
     selection = reader.selection(x)
     if selection and selection.stride == (1, 1) and groups == 1:  # it can select channels and pad by itself
-        every = torch.zeros(len(weight), x.shape[0] + 1, *kernel)  # the last one collects weights for zeros
+        every = weight.new_zeros(len(weight), x.shape[0] + 1, *kernel)  # the last one collects weights for zeros
         channels = torch.tensor(selection.channels) % (x.shape[0] + 1)
-        weight = every.index_add(1, channels, weight.detach().cpu())[:, :-1]
+        weight = every.index_add(1, channels, weight)[:, :-1]
         sides = tuple(a + b for a, b in zip(sides, selection.padding))
     else:
         reader.image_like(x)
@@ -47,12 +47,12 @@ def conv2d(reader: "Reader", result, x, weight, bias=None, stride=1, padding=0, 
 
 
 def linear(reader: "Reader", result, x, weight, bias=None) -> Value:
-    index, size = x.numbered(), math.prod(x.shape)
+    index, size, weight = x.numbered(), math.prod(x.shape), weight.detach().cpu()
     if result.dim() != 2 or not torch.equal(index[1], torch.where(index[0] < 0, -1, index[0] + size)):
         raise reader.unsupported("is a Linear layer over something else than (N, features)")
     if not torch.equal(index[0], torch.arange(size)):  # features in another order than in memory
-        every = torch.zeros(len(weight), size + 1)  # the last one collects weights for zeros
-        weight = every.index_add(1, index[0] % (size + 1), weight.detach().cpu())[:, :-1]
+        every = weight.new_zeros(len(weight), size + 1)  # the last one collects weights for zeros
+        weight = every.index_add(1, index[0] % (size + 1), weight)[:, :-1]
     new = reader.write(
         "convolve", [x.number], (len(weight), 1, 1), weight=weight.reshape(-1, *x.shape),
         bias=bias_or_zeros(bias, weight), kernel=pair(x.shape[1:]),
@@ -216,9 +216,11 @@ def adaptive_max_pool2d(reader: "Reader", result, x, output_size, return_indices
 
 
 def mean(reader: "Reader", result, x, dim=None, keepdim=False, dtype=None) -> Value:  # noqa: ARG001
-    number, (channels, height, width) = reader.image_like(x)
     rank = len(x.dimensions())
     dims = {d % rank for d in ([dim] if isinstance(dim, int) else dim or [])}
+    if rank == 3 and dims == {2} and torch.equal(x.numbered(), numbers(x.shape).flatten(2)):  # (N, C, pixels)
+        x, dims = Value(x.number, x.shape), {2, 3}
+    number, (channels, height, width) = reader.image_like(x)
     if not dims or not dims <= {2, 3} or dtype not in (None, torch.float32):
         raise reader.unsupported("takes a mean over something else than rows and columns")
     kernel = (height if 2 in dims else 1, width if 3 in dims else 1)

@@ -141,14 +141,13 @@ def without_dead_channels(program: Program) -> Program:
 
 def without_constants(operations: list[Operation]) -> list[Operation]:
     """The same operations with convolutions that read as few constant channels as they can."""
-    constants = {0: torch.full((3,), torch.nan)}  # of each channel; NaN where it is not constant
+    constants = {0: torch.full((3,), torch.nan)}  # of each channel; not finite where it is not constant
     changed = []
     for operation in operations:
         inputs = [constants[number] for number in operation.inputs]
         if operation.kind == "convolve":
             operation = without_constant_inputs(operation, inputs[0])
-        found = output_constants(operation, inputs)
-        constants[operation.output] = torch.where(found.isfinite(), found, torch.nan)
+        constants[operation.output] = output_constants(operation, inputs)
         changed.append(operation)
     return changed
 

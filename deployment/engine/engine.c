@@ -962,13 +962,15 @@ INLINE void sparse_tile(const int rows, const int columns, const int step, const
     for (; run < end; run++) {
         float *out = t->out + run->filter * t->pitch;
         vec sum[16];
-        vec start = splat(run->first ? t->bias[run->filter] : 0);
-        const float *add = !run->first ? out : t->residual ? t->residual + run->filter * t->pitch : NULL;
-        if (add) {
+        vec bias = splat(t->bias[run->filter]);
+        if (!run->first) {
+            UNROLL for (int i = 0; i < size; i++) sum[i] = load(out + i / columns * t->line + i % columns * LANES);
+        } else if (t->residual) {
+            const float *add = t->residual + run->filter * t->pitch;
             UNROLL for (int i = 0; i < size; i++)
-                sum[i] = start + load(add + i / columns * t->line + i % columns * LANES);
+                sum[i] = bias + load(add + i / columns * t->line + i % columns * LANES);
         } else {
-            UNROLL for (int i = 0; i < size; i++) sum[i] = start;
+            UNROLL for (int i = 0; i < size; i++) sum[i] = bias;
         }
         UNROLL for (int i = size; i < size * unroll; i++) sum[i] = splat(0);
         const Nonzero *at = nonzeros + run->start, *stop = nonzeros + run->stop;
@@ -986,11 +988,11 @@ INLINE void sparse_tile(const int rows, const int columns, const int step, const
             UNROLL for (int i = 0; i < size; i++)
                 sum[i] += at->value * load(from + i / columns * t->source_line + i % columns * step * 4 * LANES);
         }
-        vec floor = splat(run->last && t->activation == RELU ? 0 : -__builtin_inff());
         UNROLL for (int half = unroll / 2; half > 0; half /= 2)
             UNROLL for (int i = 0; i < half * size; i++) sum[i] += sum[half * size + i];
-        UNROLL for (int i = 0; i < size; i++)
-            store(out + i / columns * t->line + i % columns * LANES, at_least(floor, sum[i]));
+        if (run->last && t->activation == RELU)
+            UNROLL for (int i = 0; i < size; i++) sum[i] = at_least(splat(0), sum[i]);
+        UNROLL for (int i = 0; i < size; i++) store(out + i / columns * t->line + i % columns * LANES, sum[i]);
         if (run->last && t->activation > RELU)
             for (int i = 0; i < size; i++) {
                 float *p = out + i / columns * t->line + i % columns * LANES;
@@ -1647,7 +1649,7 @@ struct Pool {
     int threads;
     Job job;
     atomic_uint jobs, arrived, sleeping, stop;
-    int caller; /* processor of the calling thread */
+    atomic_int caller; /* processor of the calling thread */
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     Worker *workers;
@@ -1659,19 +1661,6 @@ INLINE void relax(void) {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
-}
-
-/* All threads of a call wait for each other. */
-static void wait_for_all(Pool *pool) {
-    unsigned threads = (unsigned)pool->threads, mine = atomic_fetch_add(&pool->arrived, 1) / threads;
-    if (pool->threads < 2) return;
-    for (unsigned looks = 0; (int)(atomic_load_explicit(&pool->arrived, memory_order_acquire) / threads - mine) <= 0;)
-        if (++looks > LOOKS) sched_yield();
-        else relax();
-}
-
-static void barrier(const Call *call) {
-    if (call->threads > 1) wait_for_all(call->e->pool);
 }
 
 /* Linux often wakes a thread on the processor of the thread that woke it and leaves it there: the two would take turns,
@@ -1690,6 +1679,28 @@ static void leave_processor(int caller) {
 #endif
 }
 
+static int current_processor(void) {
+#if defined(__linux__) && !defined(__ANDROID__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+/* All threads of a call wait for each other. */
+static void barrier(const Call *call) {
+    Pool *pool = call->e->pool;
+    if (call->threads < 2) return;
+    unsigned threads = (unsigned)call->threads, mine = atomic_fetch_add(&pool->arrived, 1) / threads;
+    for (unsigned looks = 0; (int)(atomic_load_explicit(&pool->arrived, memory_order_acquire) / threads - mine) <= 0;) {
+        relax();
+        if (++looks <= LOOKS) continue;
+        if (call->thread == 0) atomic_store(&pool->caller, current_processor()); /* it may have moved since */
+        else leave_processor(atomic_load(&pool->caller));
+        sched_yield();
+    }
+}
+
 static void *work(void *argument) {
     Worker *worker = argument;
     Pool *pool = worker->pool;
@@ -1705,7 +1716,7 @@ static void *work(void *argument) {
         }
         seen = atomic_load(&pool->jobs);
         if (atomic_load(&pool->stop)) return NULL;
-        leave_processor(pool->caller);
+        leave_processor(atomic_load(&pool->caller));
         run_job(pool->job, worker->thread);
     }
 }
@@ -1752,9 +1763,7 @@ static int start_pool(engine *e) {
 
 static void run_in_pool(engine *e, const Job *job) {
     e->pool->job = *job;
-#if defined(__linux__) && !defined(__ANDROID__)
-    e->pool->caller = sched_getcpu();
-#endif
+    atomic_store(&e->pool->caller, current_processor());
     announce(e->pool);
     run_job(*job, 0);
 }

@@ -198,6 +198,14 @@ def test_a_broken_channel_is_not_removed():
     assert smaller.run(torch.randn(1, 3, 16, 16)).isnan().all()
 
 
+def test_a_broken_weight_of_a_dead_channel_stays():
+    network = pruned("basic", 0.3)
+    set_constant(network.layer1[0].conv1, network.layer1[0].bn1, 2, -1)
+    with torch.no_grad():
+        network.layer1[0].conv2.weight[4, 2, 1, 1] = torch.nan
+    assert without_dead_channels(lower(network, 16)).run(torch.randn(1, 3, 16, 16)).isnan().all()
+
+
 def test_what_more_than_one_operation_reads_is_not_fused():
     """BatchNorm, activation and addition read a value that another operation needs as it is."""
 
