@@ -46,8 +46,8 @@ TARGETS = {
     "x86_64-linux": ["-target", "x86_64-linux-musl", "-mcpu=x86_64_v3"],  # AVX2, which the program looks for
     "x86_64-windows": ["-target", "x86_64-windows-gnu", "-mcpu=x86_64_v3"],
     "aarch64-windows": ["-target", "aarch64-windows-gnu"],
-    "x86_64-macos": ["-target", "x86_64-macos", "-mcpu=x86_64_v3"],
-    "aarch64-macos": ["-target", "aarch64-macos"],
+    "x86_64-macos": ["-target", "x86_64-macos.13.0", "-mcpu=x86_64_v3"],
+    "aarch64-macos": ["-target", "aarch64-macos.13.0"],
     "web": ["-target", "wasm32-wasi", "-msimd128", "-mexec-model=reactor", "-DENGINE_ONE_THREAD"],
 }
 FUNCTIONS = ("load", "run", "error", "classes", "height", "width", "class_name", "mean", "std")
