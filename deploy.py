@@ -3,6 +3,7 @@
     python deploy.py checkpoint                              every checkpoint of a directory
     python deploy.py checkpoint/90percent_iter_ckpt.pth      one checkpoint
     python deploy.py checkpoint --dtype bf16 --onnx          also files with bf16 weights, and ONNX models
+    python deploy.py checkpoint --target web --out page      programs and pages for other devices (docs/devices.md)
 
 Each checkpoint gets a packed file, without its zeros, which test.py and deploy.py read like any checkpoint. Then its
 network is timed in PyTorch, without its dead channels, and in the sparse engine, beside other ways to run the dense
@@ -35,6 +36,7 @@ import engine
 import pruning
 import utils
 from deployment import packing, tables
+from deployment.devices import targets
 from deployment.engine import lanes_of_this_cpu, usable_processors
 from deployment.program import Program
 from deployment.runtimes import export_onnx, in_pytorch, make_runtimes, measure_accuracy, read, time_runtimes
@@ -68,8 +70,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="measure with N threads, and with one (default: as many as PyTorch uses)",
     )
+    parser.add_argument(
+        "--target", choices=targets.TARGETS, help="write a program or page for this device, measure nothing"
+    )
+    parser.add_argument("--out", type=utils.directory, metavar="DIR", help="the folder that --target writes")
     utils.add_data_arguments(parser, None, None)
     args = parser.parse_args(argv)
+    if bool(args.target) != bool(args.out):
+        raise utils.Failure("--target and --out need each other")
     args.threads = args.threads or min(torch.get_num_threads(), usable_processors())
     if args.threads > usable_processors():
         raise utils.Failure(
@@ -86,6 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     found = {path: checkpoints.load_checkpoint(path) for path in find(args.checkpoints)}
+    if args.target:
+        return targets.export(args, found)
     directory = report_directory(found)
     if not args.mean:
         checkpoints.adopt_constants(found)

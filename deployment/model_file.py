@@ -64,10 +64,10 @@ def write(
     classes = sizes[program.operations[-1].output][0]
     if class_names and len(class_names) != classes:
         raise ValueError(f"{len(class_names)} class names for {classes} classes")
-    names = _padded("".join(f"{name}\0" for name in class_names).encode())
+    names = "".join(f"{name}\0" for name in class_names).encode()
     header = struct.pack("<6I", VERSION, *program.image_size, classes, len(program.operations), len(names))
     header += struct.pack("<6fI", *mean, *std, 0)
-    content = b"".join([header, names, *parts])
+    content = b"".join([header, _padded(names), *parts])
     return MAGIC + struct.pack("<I", zlib.crc32(content, zlib.crc32(MAGIC))) + content
 
 

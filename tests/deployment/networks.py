@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import models
 from models.resnet import BasicBlock, Bottleneck, PaddedBlock, ResNet
@@ -55,3 +56,10 @@ def randomize(network: torch.nn.Module, density: float) -> torch.nn.Module:
             if module.bias is not None:
                 module.bias.normal_(0, 0.2)
     return random_batchnorm(network)
+
+
+def resize(image: Image.Image, width: int, height: int | None = None) -> Image.Image:
+    """Pillow's bilinear, along rows first. Since version 13 it begins with the columns of some images, which changes
+    pixels by one level."""
+    rows = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    return rows.resize((width, height or width), Image.Resampling.BILINEAR)
