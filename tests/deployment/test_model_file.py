@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from test_engine import convolution, program
+from test_c_engine import convolution, program
 
 from deployment import model_file
 from deployment.engine import Model
