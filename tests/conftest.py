@@ -39,6 +39,12 @@ def write_images(folder: Path, train: int = 40, test: int = 11, classes: tuple[s
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory) -> None:
+    """Measurements that test.py keeps: not those of the user who runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "shades")
