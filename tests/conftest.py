@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,11 +109,18 @@ def kill_at(number: int) -> Callable[..., None]:
     return count
 
 
+def find_program(name: str) -> str | None:
+    """The path of a program, also of one that is for root."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what this machine cannot run."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slurm") and not all(map(find_program, ("slurmctld", "slurmd", "munged", "sbatch"))):
+            item.add_marker(pytest.mark.skip(reason="needs SLURM and munge: apt-get install slurm-wlm"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
