@@ -5,13 +5,13 @@
 #   python test.py --checkpoint-dir checkpoint/study/*
 #
 # It may be stopped at any time (Ctrl-C, timeout 600 sh ...); the same line resumes it. On several GPUs the output of a
-# task is in its directory, study.log. Where a task fails the others are run all the same, and the exit code is 1.
+# task is in its directory, study.log. CUDA_VISIBLE_DEVICES=0,0,1,1 puts two runs on each of two GPUs. Where a task fails
+# the others are run all the same, and the exit code is 1.
 set -euf
 grid=$1
 results=$2
 shift 2
 here=$(dirname "$0")
-trap 'exit 143' TERM # after main.py has saved its state
 if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
     gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || :)
 else
@@ -21,6 +21,7 @@ taken=$(mktemp -d) # a directory for each task that has begun
 trap 'rm -r "$taken"' EXIT
 
 work() { # [GPU], then as task.sh after its NUMBER
+    trap 'exit 143' TERM # after main.py has saved its state
     number=0 failed=0
     while [ "$((number += 1))" -le "$(grep -c '^task ' "$grid")" ]; do
         mkdir "$taken/$number" 2>/dev/null || continue
@@ -50,6 +51,7 @@ if [ "$(echo "$gpus" | wc -w)" -lt 2 ]; then
     exit
 fi
 workers=
+trap : TERM INT # it waits for the workers, which stop
 for gpu in $gpus; do
     work "$@" &
     workers="$workers $!"
@@ -58,6 +60,10 @@ worst=0
 for worker in $workers; do
     code=0
     wait "$worker" || code=$?
+    while kill -0 "$worker" 2>/dev/null; do
+        code=0
+        wait "$worker" || code=$?
+    done
     [ "$code" -le "$worst" ] || worst=$code
 done
 exit "$worst"

@@ -114,17 +114,24 @@ def test_a_study_on_one_machine(setting, environment, tmp_path, gpus):
 
 
 @pytest.mark.slow
-def test_a_signal_stops_a_study_and_the_same_line_resumes_it(setting, environment, tmp_path):
+@pytest.mark.parametrize("gpus", ["", "0,0"])
+def test_a_signal_stops_a_study_and_the_same_line_resumes_it(setting, environment, tmp_path, gpus):
+    """It ends after its runs, which save their states."""
     _, line, whole = setting
     grid = tmp_path / "grid"
     grid.write_text("task a --seed 0\ntask b --seed 1\nrun -pr 0.5 -shot single --retrain-epochs 2\n")
     command = ["sh", "runs/study.sh", str(grid), str(tmp_path / "study"), *line]
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "HOLD": "a"}
+    running = "ab" if gpus else "a"
+    environment |= {"CUDA_VISIBLE_DEVICES": gpus, "HOLD": " ".join(running)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as study:
-        wait_for((tmp_path / "held" / "a").exists)
+        wait_for(lambda: all((tmp_path / "held" / name).exists() for name in running))
         os.killpg(study.pid, signal.SIGTERM)
         assert study.wait(240) == 143
-    assert not (tmp_path / "study" / "b").exists() and list((tmp_path / "study" / "a" / "resume").iterdir())
+    for name in running:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "held" / name).read_text()), 0)
+        assert list((tmp_path / "study" / name / "resume").iterdir())
+    assert bool(gpus) == (tmp_path / "study" / "b").exists()
     assert subprocess.run(command, cwd=ROOT, env=environment, timeout=240).returncode == 0
     assert {name: contents(tmp_path / "study" / name) for name in "ab"} == {name: whole[name] for name in "ab"}
 
