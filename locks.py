@@ -38,10 +38,7 @@ def acquire(path: Path) -> TextIO | None:
                 return None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # nobody deleted it meanwhile
-                    file.truncate(0)
-                    json.dump(_own(), file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    _sign(file)
                     return file
         except BlockingIOError:
             holder = _holder(file)
@@ -74,6 +71,14 @@ def _try_lock(file: TextIO) -> bool:
             raise BlockingIOError(*error.args) from None
         raise
     return True
+
+
+def _sign(file: TextIO) -> None:
+    """Say in the file whose lock it is. A full disk is no reason against a lock."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), json.dumps(_own()).encode())
+        os.fsync(file.fileno())
 
 
 def _own() -> dict[str, str]:

@@ -322,10 +322,10 @@ def test_no_file_decides_what_was_measured(folder, images, measured, tmp_path):
     """Damaged entries, those of other keys, and what lies beside the checkpoints are not believed."""
     line = ("test.py", "--checkpoint-dir", folder, "--dataset", images, "--device", "cpu")
     before, files = succeed(*line), len(list(folder.glob("*.pth")))
-    entries = sorted((tmp_path / "cache").rglob("*.json"))
+    entries = sorted((tmp_path / "cache" / "pruning-measurements").iterdir())
     assert len(entries) == 2 * files
     contents = [entry.read_bytes() for entry in entries]
-    shutil.copytree(tmp_path / "cache", folder / "pruning-measurements")
+    shutil.copytree(entries[0].parent, folder / "pruning-measurements")
     damages = (
         lambda number: contents[number].replace(b'"correct": ', b'"correct": 1').replace(b"resnet20", b"resnet56"),
         lambda number: contents[number - 1],
