@@ -99,12 +99,11 @@ def load(path: Path) -> object:
     Every byte of content is checked against a checksum, that of the packed file or those of the zip archive that
     torch.save writes. Only files in its older format, which is no archive, and safetensors files have none.
     """
-    return _load(path)[0]
+    return _load(path, read(path))[0]
 
 
-def _load(path: Path) -> tuple[object, str]:
-    """What a file holds, and the form of the file: packed, safetensors or pickle."""
-    content = read(path)
+def _load(path: Path, content: bytes) -> tuple[object, str]:
+    """What a file of this content holds, and the form of the file: packed, safetensors or pickle."""
     pickled = b""
     try:
         if content.startswith(packed.MAGIC):
@@ -164,16 +163,17 @@ def _verified(content: bytes) -> tuple[io.BytesIO, bytes]:
     return clean, pickled
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, content: bytes | None = None) -> dict:
     """Read and check a checkpoint: ours, packed, or in any form of docs/files.md that other scripts write.
 
+    `content` is that of the file where the caller has read it.
     The result has `net` (float32, plain names), `arch` (identified by the tensors) and, where the file has them,
     `acc`, `epoch` and what else main.py writes. Only files with our mark, `format`, are held to its form: of others
     what has another form is ignored, and `taken` says what was found. Failure names the file and what is wrong with it.
     """
-    content, kind = _load(path)
+    loaded, kind = _load(path, read(path) if content is None else content)
     try:
-        found = foreign.find(content)
+        found = foreign.find(loaded)
         net, match, masks, left_out = _identified(found.net)
         arch, classes = match.arch, models.outputs(match.arch, net)
         types = {name: value.dtype for name, value in models.state(arch, classes).items()}
@@ -223,7 +223,8 @@ def adopt_constants(found: dict[Path, dict]) -> None:
     }
     for checkpoint in found.values():
         if pruned and "taken" in checkpoint and "mean" not in checkpoint:
-            path, other = pruned.get(digest(checkpoint["net"]), (None, {}))
+            identity = checkpoint["digest"] if "net" not in checkpoint else digest(checkpoint["net"])
+            path, other = pruned.get(identity, (None, {}))
             if path:
                 checkpoint |= {name: other[name] for name in ("mean", "std")}
                 checkpoint["taken"] += f", normalized as {path.name}"

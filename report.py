@@ -145,28 +145,28 @@ class Row:
         cls,
         path: Path,
         dataset: str,
-        checkpoint: dict,
+        facts: dict,
         layers: dict[str, tuple[int, int]],
         macs: dict[str, tuple[int, int]],
         score: engine.Score,
         dense: engine.Score | None,
     ) -> "Row":
-        """`layers`: zeros and weights, `macs`: dense and nonzero MACs of each layer. `dense` is the parent's score."""
+        """`facts` are a checkpoint's without its tensors, with the numbers of its `parameters` and `epochs`; `layers`:
+        zeros and weights, `macs`: dense and nonzero MACs of each layer. `dense` is the parent's score."""
         match = RESULT_NAME.fullmatch(path.name)
         name = match.groupdict() if match else {}
-        settings = checkpoint.get("settings", {})
+        settings = facts.get("settings", {})
         allocation = f"macs{settings['macs']:g}" if "macs" in settings else settings.get("allocation")
         control = bool(settings.get("control", name.get("control") or (match and not name["percent"])))
         asked = 100 * settings["sparsity"] if "sparsity" in settings else name.get("percent")
         zeros, weights = (sum(column) for column in zip(*layers.values()))
         dense_macs, nonzero_macs = (sum(column) for column in zip(*macs.values()))
-        parameters = sum(v.numel() for k, v in checkpoint["net"].items() if k.endswith((".weight", ".bias")))
-        history = checkpoint.get("history")
+        parameters = facts["parameters"]
         # Without the dense network the file must be believed.
-        accuracy_dense = dense.accuracy if dense else checkpoint.get("dense_acc")
+        accuracy_dense = dense.accuracy if dense else facts.get("dense_acc")
         return cls(
             file=path.name,
-            arch=checkpoint["arch"],
+            arch=facts["arch"],
             dataset=dataset,
             mode=settings.get("mode", name.get("mode", "dense")),
             control=control or asked == 0,
@@ -174,13 +174,13 @@ class Row:
             retrain=settings.get("retrain", name.get("retrain") or ("plain" if match else "")),
             rewind=settings.get("rewind", 0),
             seed=settings.get("seed"),
-            epochs=len(history) if isinstance(history, list) else None,
-            dtype=checkpoint.get("dtype", "fp32"),
+            epochs=facts["epochs"],
+            dtype=facts.get("dtype", "fp32"),
             sparsity_asked=None if asked is None or control else float(asked),
             sparsity=100 * zeros / weights,
             sparsity_all_parameters=100 * zeros / parameters,
             accuracy_dense=accuracy_dense,
-            accuracy_pruned=checkpoint.get("pruned_acc"),
+            accuracy_pruned=facts.get("pruned_acc"),
             accuracy=score.accuracy,
             accuracy_margin=100 * margin(score.correct, score.images),
             drop=None if accuracy_dense is None else accuracy_dense - score.accuracy,
@@ -264,8 +264,16 @@ def write_seeds(tables: list[list[Row]], directory: Path) -> str:
         shown += [row for row in rows if row.file.endswith(".pth") or row.file.replace(".packed", ".pth") not in files]
     checkpoints.write(directory / "seeds.png", figure(shown, "drop"))
     headers = {name: name.replace(" ", "\n") for name in lines[0]}
-    shown_lines = [line | {"model": printable(str(line["model"]))} for line in lines]
+    shown_lines = [
+        line | {"model": printable(str(line["model"])), "seeds": shortened_seeds(str(line["seeds"]))} for line in lines
+    ]
     return tabulate.tabulate(shown_lines, headers, floatfmt=".2f", missingval="-")
+
+
+def shortened_seeds(seeds: str) -> str:
+    """Seeds for a column of a table: "0 1 2 ... (300)"."""
+    each = seeds.split()
+    return seeds if len(each) <= 8 else f"{' '.join(each[:3])} ... ({len(each)})"
 
 
 def layer_tables(layers: dict[str, dict[str, tuple[int, int]]], macs: dict[str, dict[str, tuple[int, int]]]) -> str:

@@ -16,13 +16,13 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import filelock
 import torch
 from torch import Tensor, nn
 
 import checkpoints
+import locks
 import models
 from engine import Recipe
 from utils import Failure, difference
@@ -72,7 +72,7 @@ class Directory:
 
     def __init__(self, path: Path):
         self.path, self.levels, self.states = path, path / "levels", path / "resume"
-        self.lock: filelock.BaseFileLock | None = None
+        self.lock: TextIO | None = None
         self.kept_levels: set[str] = set()  # parents of interrupted stages of other commands
 
     def file(self, stage: Stage) -> Path:
@@ -173,16 +173,17 @@ class Directory:
                 )
             for folder in (self.path, self.levels, self.states):
                 folder.mkdir(parents=True, exist_ok=True)
-            (self.path / ".lock").touch()  # filelock waits and retries where it may not write
-            self.lock = filelock.FileLock(self.path / ".lock", timeout=0)
-            self.lock.acquire()
+            self.lock = locks.acquire(self.path / ".lock")
+            if self.lock is None:
+                print(f"note: the file system of {self.path} has no locks: let no second run work there")
             for folder in (self.path, self.levels, self.states):
                 for leftover in folder.iterdir():
                     if TEMPORARY.fullmatch(leftover.name):
                         leftover.unlink()
             checkpoints.sync_directory(self.path)
-        except filelock.Timeout:
-            raise Failure(f"{self.path} is in use: another run is at work there") from None
+        except locks.Held as holder:
+            who = f" ({holder}); if that node is dead, delete {self.path / '.lock'}" if str(holder) else ""
+            raise Failure(f"{self.path} is in use: another run is at work there{who}") from None
         except OSError as error:
             raise Failure(f"{error.filename or self.path} cannot be written: {error.strerror or error}") from None
 
@@ -192,7 +193,7 @@ class Directory:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         if self.lock:
-            self.lock.release()
+            self.lock.close()
 
     def set_aside(self, targets: list[Stage]) -> None:
         """Rename the targets' files to NAME.bak, and delete their states and levels: the stages start again.

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +39,12 @@ def write_images(folder: Path, train: int = 40, test: int = 11, classes: tuple[s
                 pixels = noise.normal(level, 30, size).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / part / name / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory) -> None:
+    """Measurements that test.py keeps: not those of the user who runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -109,11 +116,18 @@ def few(monkeypatch) -> None:
     monkeypatch.setattr(torchvision_networks, "names", lambda: ("torchvision:alexnet", "torchvision:vgg16_bn"))
 
 
+def find_program(name: str) -> str | None:
+    """The path of a program, also of one that is for root."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what this machine cannot run."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slurm") and not all(map(find_program, ("slurmctld", "slurmd", "munged", "sbatch"))):
+            item.add_marker(pytest.mark.skip(reason="needs SLURM and munge: apt-get install slurm-wlm"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,9 +2,12 @@
 
 import argparse
 import csv
+import gc
+import os
 import re
 import shutil
 import statistics
+import weakref
 from pathlib import Path
 
 import pytest
@@ -249,10 +252,139 @@ def test_several_directories_give_mean_and_standard_deviation(experiment, images
     assert (folders[0] / "seeds.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_network_is_in_memory_at_a_time(experiment, images, tmp_path, monkeypatch):
+    """Whatever the number of directories: neither a checkpoint nor a network outlives its turn."""
+    alive = weakref.WeakSet()
+    load, build = checkpoints.load_checkpoint, checkpoints.build_network
+
+    def load_checkpoint(*arguments):
+        assert not alive
+        checkpoint = load(*arguments)
+        alive.update(checkpoint["net"].values())
+        return checkpoint
+
+    def build_network(checkpoint):
+        network = build(checkpoint)
+        alive.update(network.parameters())
+        return network
+
+    folders = [shutil.copytree(experiment, tmp_path / name) for name in "ab"]
+    monkeypatch.setattr(checkpoints, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(checkpoints, "build_network", build_network)
+    gc.disable()
+    try:
+        succeed("test.py", "--checkpoint-dir", *folders, "--dataset", images, "--device", "cpu", "--fresh")
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path) -> list:
+    """A user without measurements; the list has an entry for each network that is measured from now on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    calls, evaluate = [], engine.evaluate
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: calls.append(arguments) or evaluate(*arguments))
+    return calls
+
+
+def test_what_was_measured_is_not_measured_again(folder, images, measured, tmp_path):
+    line = ("test.py", "--checkpoint-dir", folder, "--dataset", images, "--device", "cpu", "--layers")
+    before, files = succeed(*line), len(list(folder.glob("*.pth")))
+    table = (folder / "results.csv").read_bytes()
+    assert len(measured) == files
+    assert succeed(*line) == before and len(measured) == files
+    assert (folder / "results.csv").read_bytes() == table
+    moved = shutil.copytree(folder, tmp_path / "moved")  # the bytes of a file count, not where it is
+    succeed(*line[:2], moved, *line[3:])
+    assert len(measured) == files
+    assert succeed(*line, "--fresh") == before and len(measured) == 2 * files
+    succeed(*line, "--precision", "bf16")
+    assert len(measured) == 3 * files
+    checkpoint = torch.load(folder / "50percent_single_ckpt.pth", weights_only=True)
+    checkpoint["net"]["linear.bias"] += 1e-3
+    checkpoints.save(folder / "50percent_single_ckpt.pth", checkpoint)
+    succeed(*line)
+    assert len(measured) == 3 * files + 1
+
+
+def test_other_images_are_measured_anew(folder, images, measured, tmp_path):
+    line = ("test.py", "--checkpoint-dir", folder, "--device", "cpu", "--val-fraction")
+    files = len(list(folder.glob("*.pth")))
+    succeed(*line, "0", "--dataset", images)
+    other = shutil.copytree(images, tmp_path / "other")
+    os.replace(other / "test" / "dark" / "0.png", other / "test" / "light" / "0.png")
+    done = call(*line, "0", "--dataset", other)
+    assert done.returncode == 1 and done.stderr.count("was made with other images") == files
+    assert "accuracy" not in done.stdout and len(measured) == files
+
+
+def test_no_file_decides_what_was_measured(folder, images, measured, tmp_path):
+    """Damaged entries, those of other keys, and what lies beside the checkpoints are not believed."""
+    line = ("test.py", "--checkpoint-dir", folder, "--dataset", images, "--device", "cpu")
+    before, files = succeed(*line), len(list(folder.glob("*.pth")))
+    entries = sorted((tmp_path / "cache" / "pruning-measurements").iterdir())
+    assert len(entries) == 2 * files
+    contents = [entry.read_bytes() for entry in entries]
+    shutil.copytree(entries[0].parent, folder / "pruning-measurements")
+    damages = (
+        lambda number: contents[number].replace(b'"correct": ', b'"correct": 1').replace(b"resnet20", b"resnet56"),
+        lambda number: contents[number - 1],
+        lambda number: contents[number][:-9],
+        lambda _: b"[" * 100_000,
+        lambda _: b"",
+    )
+    for times, damage in enumerate(damages, start=2):
+        for number, entry in enumerate(entries):
+            entry.write_bytes(damage(number))
+        assert succeed(*line) == before
+        assert len(measured) == times * files
+        assert [entry.read_bytes() for entry in entries] == contents
+
+
+def test_a_file_that_changes_meanwhile_is_named_and_not_kept(folder, images, measured, monkeypatch):
+    images_of = data.of_checkpoints
+
+    def of_checkpoints(*arguments):
+        shutil.copy(folder / "ckpt.pth", folder / "87.5percent_iter_ckpt.pth")
+        return images_of(*arguments)
+
+    monkeypatch.setattr(data, "of_checkpoints", of_checkpoints)
+    done = call("test.py", "--checkpoint-dir", folder, "--dataset", images, "--device", "cpu")
+    assert done.returncode == 1 and "87.5percent_iter_ckpt.pth changed while it was measured" in done.stderr
+    assert len(measured) == len(list(folder.glob("*.pth"))) - 1
+
+
+def test_missing_and_unfinished_results_are_named(experiment, images, tmp_path):
+    """One line a directory, and not hundreds."""
+    folders = [shutil.copytree(experiment, tmp_path / name) for name in ("whole", "partly", "orphan")]
+    for name in "50percent_single_ckpt.pth", "87.5percent_iter_ckpt.pth":
+        (folders[1] / name).unlink()
+    (folders[1] / "resume").mkdir()
+    (folders[1] / "resume" / "87.5percent_iter_ckpt.pt").write_bytes(b"")
+    (folders[2] / "ckpt.pth").unlink()
+    empty = [tmp_path / f"empty{number}" for number in range(20)]
+    for path in empty:
+        path.mkdir()
+    line = ("--dataset", images, "--device", "cpu")
+    printed = succeed("test.py", "--checkpoint-dir", *folders, empty[0], *line)
+    assert printed.splitlines()[-3:] == [
+        f"{empty[0]} holds no checkpoint (*.pth, *.packed): python main.py makes them",
+        f"{folders[1]} lacks 50percent_single_ckpt.pth, 87.5percent_iter_ckpt.pth, "
+        "holds the state of an interrupted 87.5percent_iter_ckpt",
+        f"{folders[2]} has no ckpt.pth",
+    ]
+    printed = succeed("test.py", "--checkpoint-dir", *empty, *folders, *line)
+    assert printed.count("holds no checkpoint") == 20 and printed.endswith("\nand 2 more lines like these\n")
+    assert "lacks" not in succeed("test.py", "--checkpoint-dir", folders[0], *line)
+    assert call("test.py", "--checkpoint-dir", *empty, *line).returncode == 2
+    done = call("test.py", "--checkpoint-dir", folders[0], tmp_path / "typo", *line)
+    assert done.returncode == 2 and "typo is not a directory" in done.stderr and not done.stdout
+
+
 def row(**changes) -> report.Row:
     score = engine.Score(80, 100, 0.5, 0)
-    checkpoint = {"arch": "resnet20", "net": {"linear.weight": torch.zeros(2, 2)}, "history": [{}]}
-    made = report.Row.of(Path(__file__), "made", checkpoint, {"a": (1, 4)}, {"a": (8, 4)}, score, None)
+    facts = {"arch": "resnet20", "parameters": 4, "epochs": 1}
+    made = report.Row.of(Path(__file__), "made", facts, {"a": (1, 4)}, {"a": (8, 4)}, score, None)
     for name, value in changes.items():
         setattr(made, name, value)
     return made

@@ -1,6 +1,8 @@
 """Finished, interrupted, in the way: a run that is stopped at any point ends with the files of one that never was."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import random
 import shutil
@@ -705,10 +707,10 @@ def test_a_directory_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
         stages.Directory(tmp_path / "full").open(10**18)
     assert not (tmp_path / "full").exists()
 
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, _mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "touch", refuse)  # as when another user owns the file
+    monkeypatch.setattr(Path, "open", refuse)  # as when another user owns the file
     with pytest.raises(utils.Failure, match=r"x/\.lock cannot be written: Permission denied"):
         stages.Directory(tmp_path / "x").open(0)
 
@@ -781,3 +783,51 @@ def test_the_log_of_a_resumed_stage_is_that_of_its_state(setting, tmp_path, monk
     log.write_text(lines + '{"stage": "of another"}\n' + lines.splitlines()[0][:30])  # a line that a crash cut
     succeed("main.py", *command)
     assert [line.partition('"epoch": ')[2][:1] for line in log.read_text().splitlines()] == ["", "1", "2", "3", "4"]
+
+
+HOLD = "import locks, pathlib, sys, time; lock = locks.acquire(pathlib.Path(sys.argv[1])); print(); time.sleep(600)"
+
+
+@pytest.mark.parametrize("how", ["killed", "deleted", "requeued"])
+def test_the_lock_of_a_dead_run_is_no_obstacle(tmp_path, monkeypatch, how):
+    """The kernel releases it; where a server keeps it for a dead node, its file can be deleted, and a requeued SLURM
+    job takes it from its earlier start."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        directory = stages.Directory(tmp_path)
+        with pytest.raises(utils.Failure, match=rf"another run is at work there \(process {holder.pid} on .*\); if"):
+            directory.open(0)
+        if how == "killed":
+            holder.kill()
+            holder.wait()
+        elif how == "deleted":
+            (tmp_path / ".lock").unlink()
+        else:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        directory.open(0)
+        with pytest.raises(utils.Failure, match=rf"process {os.getpid()} on"):
+            stages.Directory(tmp_path).open(0)
+        holder.kill()
+    directory.close()
+    stages.Directory(tmp_path).open(0)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def flock(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    stages.Directory(tmp_path).open(0)
+    assert "has no locks" in capsys.readouterr().out
+
+
+def test_the_file_of_a_lock_may_hold_anything(tmp_path):
+    for content in b"", b"[]", b"7", b'{"host": "\x1b[2J", "process": []}', b"\xff" * 9999, b"[" * 9999:
+        (tmp_path / ".lock").write_bytes(content)
+        with open(tmp_path / ".lock") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(utils.Failure, match="another run is at work there") as caught:
+                stages.Directory(tmp_path).open(0)
+            assert str(caught.value).isprintable()
