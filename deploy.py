@@ -10,7 +10,7 @@ network is timed in PyTorch, without its dead channels, and in the sparse engine
 network. The results go to deploy_files.csv, deploy_runtimes.csv and deploy.png. GPUs are not measured: unstructured
 zeros do not make them faster.
 
-Measured: ResNet18 at 90 % sparsity, 11 times smaller and 4.3 times faster than PyTorch fp32 at batch 1 (two cores of
+Measured: ResNet18 at 90 % sparsity, 11 times smaller and 4.7 times faster than PyTorch fp32 at batch 1 (two cores of
 an AMD EPYC with AVX-512; docs/deployment.md has the command, all figures and their spread).
 """
 
