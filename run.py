@@ -25,7 +25,11 @@ from utils import Failure
 
 
 def report_hours(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    return f"{hours:.1f} hours" if hours >= 1 else counted(round(60 * hours), "minute")
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 class Run:
@@ -287,8 +291,7 @@ class Run:
     def start(self, stages: list[Stage]) -> str:
         """A line with the number of epochs to train and, where they are many, an estimate of the time."""
         self.epochs_left = sum(stage.epochs - self.directory.epochs_done(stage) for stage in stages)
-        counts = (len(stages), "stage"), (self.epochs_left, "epoch")
-        line = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts) + " to train"
+        line = f"{counted(len(stages), 'stage')}, {counted(self.epochs_left, 'epoch')} to train"
         if self.epochs_left * len(self.train_batches) < 2000:
             return line
         distilled = self.args.retrain == "distilled" and bool(self.args.pr)
@@ -330,7 +333,7 @@ class Run:
             print(
                 f"{stage.name}: epoch {now['epoch']} of {stage.epochs}, lr {now['lr']:.4f}, training loss "
                 f"{now['loss']:.4f}, training accuracy {now['accuracy']:.2f} %, {now['seconds']:.1f} s; "
-                f"{self.epochs_left} epochs left, about {left}"
+                f"{counted(self.epochs_left, 'epoch')} left, about {left}"
             )
 
     def checkpoint_of(
