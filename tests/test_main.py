@@ -490,10 +490,11 @@ def test_a_run_needs_no_stream_that_is_closed(redirection, line, tmp_path, exper
 def test_a_run_whose_reader_leaves_saves_its_state(images, tmp_path, experiment, broken_pipe):
     line = (*SMALL, "--dataset", images, "--checkpoint-dir", tmp_path)
     command = [sys.executable, str(ROOT / "main.py"), *map(str, line)]
-    done = subprocess.run(command, stdout=broken_pipe, stderr=subprocess.PIPE, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the run that it is compared with
+    done = subprocess.run(command, stdout=broken_pipe, stderr=subprocess.PIPE, text=True, env=one_thread)
     message = "main.py: stopped in ckpt.pth, epoch 1 of 2; the same command resumes\n"
     assert (done.returncode, done.stderr) == (141, message)
-    done = subprocess.run(command, stdout=broken_pipe, stderr=broken_pipe)  # as 2>&1 | head
+    done = subprocess.run(command, stdout=broken_pipe, stderr=broken_pipe, env=one_thread)  # as 2>&1 | head
     assert done.returncode == 141
     (state,) = (tmp_path / "resume").iterdir()
     assert checkpoints.load(state)["state"]["step"] == 2, "one step in each of the two runs"
