@@ -328,11 +328,10 @@ def print_bounded(lines: list[str]) -> None:
         print(f"and {len(lines) - MAX_LINES} more lines like these")
 
 
-def complain(problems: list[str]) -> int:
-    """Print a line for each problem; returns the exit code."""
+def complain(problems: list[str]) -> None:
+    """Print a line for each problem on standard error."""
     for problem in problems:
         print(f"test.py: {utils.printable(problem)}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":
