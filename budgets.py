@@ -26,23 +26,23 @@ ROUNDING = 1e-9  # of shares of multiply-adds, which are sums of fractions
 
 @dataclass(frozen=True)
 class Profile:
-    """What a layer costs by the number of weights it keeps: a convex piecewise linear function.
+    """What a layer costs by the number of weights it keeps: a piecewise linear function.
 
-    `kept` (points,) rises from 0 to the layer's number of weights, `cost` (points,) are the costs there. Raises
-    ValueError where the costs are not convex and rising: a larger weight would then be pruned before a smaller one.
+    `kept` (points,) rises from 0 to the layer's number of weights, `cost` (points,) are the costs there. `prices`
+    (points - 1,) are what the choice takes one more weight to cost in each piece, by default the slopes of `cost`.
+    Raises ValueError where a price is negative or falls: a larger weight would then be pruned before a smaller one.
     """
 
     kept: tuple[int, ...]
     cost: tuple[float, ...]
+    prices: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        slopes = self.slopes()
-        if self.kept[0] != 0 or min(np.diff(self.kept)) <= 0 or min(slopes) < 0 or any(np.diff(slopes) < 0):
+        if not self.prices:
+            object.__setattr__(self, "prices", tuple(np.diff(self.cost) / np.diff(self.kept)))
+        rising = self.kept[0] == 0 and min(np.diff(self.kept)) > 0
+        if not rising or min(self.prices) < 0 or any(np.diff(self.prices) < 0):
             raise ValueError("the costs of a layer must be a convex function that does not fall")
-
-    def slopes(self) -> np.ndarray:
-        """(points - 1,) the cost of one more weight in each piece."""
-        return np.diff(self.cost) / np.diff(self.kept)
 
     def at(self, kept: int) -> float:
         """The cost with so many weights."""
@@ -131,7 +131,7 @@ class _Layer:
         self.available = self.size if weight.is_meta else int(weight.count_nonzero())
         self.least = min(1, self.available)
         self.starts = [min(max(point, self.least), self.available) for point in profile.kept]
-        self.slopes = profile.slopes()
+        self.prices = profile.prices
 
     @cached_property
     def sorted(self) -> tuple[np.ndarray, Tensor]:
@@ -142,8 +142,8 @@ class _Layer:
     def count(self, price: float, threshold: float) -> int:
         """How many weights are above the threshold, at this price of a unit of cost. Costs rise with the rank and
         magnitudes fall, so these are the largest."""
-        for start, end, slope in zip(self.starts, self.starts[1:], self.slopes):
-            above = np.searchsorted(self.sorted[0][start:end], -(threshold + price * slope))
+        for start, end, each in zip(self.starts, self.starts[1:], self.prices):
+            above = np.searchsorted(self.sorted[0][start:end], -(threshold + price * each))
             if start + above < end:
                 return int(start + above)
         return self.starts[-1]
@@ -161,7 +161,7 @@ def _cost(layers: list[_Layer], kept: list[int]) -> float:
 def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:
     """How many weights each layer keeps when the `keep` highest of w^2 - price * cost are kept."""
     highest = max((float(-layer.sorted[0][0]) for layer in layers if layer.available), default=0.0)
-    low, high = -price * max(float(layer.slopes[-1]) for layer in layers) - 1.0, highest + 1.0
+    low, high = -price * max(float(layer.prices[-1]) for layer in layers) - 1.0, highest + 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if middle in (low, high):
@@ -181,9 +181,9 @@ def _cheapest(layers: list[_Layer], keep: int, most: list[int] | None = None) ->
     most = [layer.available for layer in layers] if most is None else most
     kept = [min(layer.least, limit) for layer, limit in zip(layers, most)]
     pieces = [
-        (slope, index, min(end, most[index]) - min(start, most[index]))
+        (price, index, min(end, most[index]) - min(start, most[index]))
         for index, layer in enumerate(layers)
-        for start, end, slope in zip(layer.starts, layer.starts[1:], layer.slopes)
+        for start, end, price in zip(layer.starts, layer.starts[1:], layer.prices)
     ]
     left = keep - sum(kept)
     for _, index, size in sorted(pieces):

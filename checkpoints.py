@@ -296,8 +296,10 @@ def _check_form(name: str, value: Tensor) -> None:
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
-NUMBERS = ("acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss", "format")
-TEXTS = ("arch", "dataset", "parent", "mode", "allocation", "retrain", "dense", "teacher", "exclude")
+NUMBERS = (
+    "acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "fp32_acc", "fp32_loss", "format", "predicted_ms",
+)  # fmt: skip
+TEXTS = ("arch", "dataset", "parent", "mode", "allocation", "retrain", "dense", "teacher", "exclude", "profile")
 CHOICES = {
     "mode": ("single", "iter"),
     "allocation": ("", *pruning.ALLOCATIONS),
@@ -336,11 +338,12 @@ def _checked_metadata(checkpoint: dict) -> dict:
         kinds = (
             dict.fromkeys(TEXTS, str)
             | dict.fromkeys(WHOLE, int)
-            | {"val_fraction": float, "sparsity": float, "macs": float}
+            | {"val_fraction": float, "sparsity": float, "macs": float, "ms": float}
         )
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
         good = good and all(0 <= settings.get(name, 0) < 1 for name in FRACTIONS)
         good = good and settings["image_size"] in image_sizes and settings.get("rewind", 0) >= 0
+        good = good and settings.get("ms", 1) > 0
         if not (good and settings.get("epochs", 1) > 0):
             raise ValueError("its settings are not in the form that main.py writes")
     return found

@@ -33,9 +33,10 @@ from tqdm import tqdm
 import checkpoints
 import data
 import engine
+import profiles
 import pruning
 import utils
-from deployment import packing, tables
+from deployment import packing, profiling, tables
 from deployment.devices import targets
 from deployment.engine import lanes_of_this_cpu, usable_processors
 from deployment.program import Program
@@ -74,10 +75,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--target", choices=targets.TARGETS, help="write a program or page for this device, measure nothing"
     )
     parser.add_argument("--out", type=utils.directory, metavar="DIR", help="the folder that --target writes")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"only measure how long each layer takes by its number of weights, and write {profiles.NAME} beside the "
+        "checkpoint, for main.py --ms",
+    )
     utils.add_data_arguments(parser, None, None)
     args = parser.parse_args(argv)
     if bool(args.target) != bool(args.out):
-        raise utils.Failure("--target and --out need each other")
+        parser.error("--target and --out need each other")
+    mode = "--target" if args.target else "--profile" if args.profile else ""
+    flags = ["--onnx", "--safetensors", "--dtype", *(["--profile"] if args.target else [])]
+    for flag in flags if mode else ():
+        if getattr(args, flag[2:]) not in (False, "fp32"):
+            parser.error(f"{mode} and {flag} exclude each other")
     args.threads = args.threads or min(torch.get_num_threads(), usable_processors())
     if args.threads > usable_processors():
         raise utils.Failure(
@@ -96,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     found = {path: checkpoints.load_checkpoint(path) for path in find(args.checkpoints)}
     if args.target:
         return targets.export(args, found)
+    if args.profile:
+        return profiling.write(args, found)
     directory = report_directory(found)
     if not args.mean:
         checkpoints.adopt_constants(found)
@@ -134,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     time_runtimes(runtimes, size, thread_counts, args.rounds)
     measure_accuracy(runtimes, {str(path): batches[path] for path in found}, args.threads)
     print("\n" + tables.runtimes_table(runtimes, thread_counts))
+    for line in tables.predictions(found, runtimes):
+        print(line)
     contents = tables.files_csv(files), tables.runtimes_csv(runtimes, thread_counts)
     for name, content in zip(REPORTS, (*contents, tables.plot(files, runtimes, args.threads))):
         checkpoints.write(directory / name, content)

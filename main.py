@@ -22,6 +22,7 @@ import checkpoints
 import data
 import engine
 import models
+import profiles
 import pruning
 import report
 import utils
@@ -68,6 +69,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SHARE",
         help="prune the weights that are multiplied often more than others, until at most this share of the dense "
         "network's multiply-adds is left",
+    )
+    add(
+        "--ms",
+        type=utils.milliseconds,
+        metavar="MS",
+        help="prune the weights that take the most time, until by the profile of a device one image takes at most this",
+    )
+    add(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help=f"what deploy.py --profile measured on that device (default: {profiles.NAME} in the checkpoint directory)",
     )
     add("--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="layers that stay dense")
     epochs = partial(add, type=utils.count, metavar="N")
@@ -121,8 +134,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--control needs -pr and -shot: it repeats their schedule")
     if args.macs and not args.pr:
         parser.error("--macs needs -pr and -shot: it limits the multiply-adds at an exact sparsity")
-    if args.macs and args.allocation != "global":
-        parser.error("--macs and --allocation exclude each other: both distribute the zeros over the layers")
+    if args.ms and not args.pr:
+        parser.error("--ms needs -pr and -shot: it limits the time at an exact sparsity")
+    if args.profile and not args.ms:
+        parser.error("--profile needs --ms: it says how long the layers take")
+    ways = ["--macs"] * bool(args.macs) + ["--ms"] * bool(args.ms) + ["--allocation"] * (args.allocation != "global")
+    if len(ways) > 1:
+        parser.error(f"{' and '.join(ways[:2])} exclude each other: both distribute the zeros over the layers")
     if args.rewind and "single" in args.shot:
         parser.error("argument --rewind: only -shot iter rewinds")
     if args.rewind and args.rewind >= args.epochs:
@@ -154,7 +172,7 @@ def one_shot(run: Run, sparsity: float | None) -> Stage:
     name = report.file_name("single", sparsity, run.args)
     epochs, control = run.args.retrain_epochs, sparsity is None
     settings = {"mode": "single", "sparsity": sparsity or 0.0, "retrain_epochs": epochs}
-    settings |= {"macs": run.args.macs} if run.args.macs and not control else {}
+    settings |= {} if control else run.budget
     return run.stage(name, run.dense, zeros, epochs, retrain, control=control, **settings)
 
 
@@ -163,13 +181,13 @@ def iterative(run: Run, sparsity: float, control: bool = False) -> Stage:
     args, (step, retrain) = run.args, recipes(run.args)
     network = run.dense
     # What a level may keep depends on where the steps lead.
-    macs = {"macs": args.macs, "sparsity": sparsity, "step": args.step} if args.macs and not control else {}
+    budget = run.budget | {"sparsity": sparsity, "step": args.step} if run.budget and not control else {}
     for level, zeros in enumerate(pruning.schedule(run.weights, sparsity, args.step, run.zeros), 1):
         zeros = run.all_zeros if control else zeros
         name = f"level {level}, {zeros} zeros"
-        settings = {"level": level, "step_epochs": args.step_epochs, **macs}
+        settings = {"level": level, "step_epochs": args.step_epochs, **budget}
         network = run.stage(name, network, zeros, args.step_epochs, step, control=control, **settings)
-    settings = macs | {"mode": "iter", "sparsity": sparsity, "step": args.step, "step_epochs": args.step_epochs}
+    settings = budget | {"mode": "iter", "sparsity": sparsity, "step": args.step, "step_epochs": args.step_epochs}
     settings["final_epochs"] = args.final_epochs
     name = report.file_name("iter", sparsity, args, control)
     return run.stage(name, network, zeros, args.final_epochs, retrain, control=control, **settings)

@@ -25,7 +25,7 @@ from utils import printable
 
 RESULT_NAME = re.compile(
     r"(?:(?P<percent>\d+(?:\.\d+)?)percent|control)_(?P<mode>single|iter)(?:_(?P<control>control))?"
-    r"(?:_(?P<allocation>uniform|erk|lamp|macs[\d.]+))?(?:_(?P<retrain>distilled|adaptive|plain))?"
+    r"(?:_(?P<allocation>uniform|erk|lamp|macs[\d.]+|ms[\d.]+))?(?:_(?P<retrain>distilled|adaptive|plain))?"
     r"(?:_rewind(?P<rewind>\d+))?_ckpt(?P<suffix>\.pth|(?:\.bf16|\.fp16)?\.packed)"
 )
 MODES = {"single": ("one-shot", "-o"), "iter": ("iterative", ":s")}
@@ -41,6 +41,7 @@ def file_name(mode: str, sparsity: float | None, args: argparse.Namespace, contr
     parts += ["control"] if control and sparsity is not None else []
     parts += [args.allocation] if args.allocation != "global" and not control else []
     parts += [f"macs{args.macs:g}"] if args.macs and not control else []
+    parts += [f"ms{args.ms:g}"] if args.ms and not control else []
     parts += [args.retrain] if args.retrain != "distilled" else []
     parts += [f"rewind{args.rewind}"] if args.rewind else []
     return "_".join([*parts, "ckpt.pth"])
@@ -60,9 +61,12 @@ def summary(run: Run, stage: Stage, checkpoint: dict) -> str:
             line += f", {more} surviving weights are 0 by chance and stay pruned"
     counts = pruning.count_macs(network, run.args.image_size).values()
     dense, nonzero = (sum(column) / 1e6 for column in zip(*counts))
-    asked = stage.settings.get("macs")
-    asked = f" ({100 * nonzero / dense:.2f} %, at most {100 * asked:g} % asked)" if asked else ""
-    return f"{line}, {nonzero:,.1f} of {dense:,.1f} million MACs{asked}"
+    line += f", {nonzero:,.1f} of {dense:,.1f} million MACs"
+    if asked := stage.settings.get("macs"):
+        line += f" ({100 * nonzero / dense:.2f} %, at most {100 * asked:g} % asked)"
+    if asked := stage.settings.get("ms"):
+        line += f", {checkpoint['predicted_ms']:.3g} ms predicted (at most {asked:g} ms asked)"
+    return line
 
 
 def plan(run: Run, targets: list[Stage]) -> str:
@@ -103,6 +107,7 @@ class Row:
     dtype              to which the weights were rounded for packing, else fp32
     sparsity           over the pruned layers; sparsity_all_parameters over all parameters
     compression        all parameters over those that are not zero
+    ms_predicted       for one image, by the profile of a device; ms_asked is the limit that was asked for
     macs_left          nonzero MACs over dense MACs, percent; macs_asked is the limit that was asked for
     mac_ratio          dense MACs over nonzero MACs, an upper bound on the speed-up
     accuracy_dense     of the dense network that this one was pruned from
@@ -137,6 +142,8 @@ class Row:
     macs: float
     macs_asked: float | None
     macs_left: float
+    ms_asked: float | None
+    ms_predicted: float | None
     mac_ratio: float | None
     file_bytes: int
 
@@ -156,7 +163,8 @@ class Row:
         match = RESULT_NAME.fullmatch(path.name)
         name = match.groupdict() if match else {}
         settings = facts.get("settings", {})
-        allocation = f"macs{settings['macs']:g}" if "macs" in settings else settings.get("allocation")
+        budgets = [f"{flag}{settings[flag]:g}" for flag in ("macs", "ms") if flag in settings]
+        allocation = budgets[0] if budgets else settings.get("allocation")
         control = bool(settings.get("control", name.get("control") or (match and not name["percent"])))
         asked = 100 * settings["sparsity"] if "sparsity" in settings else name.get("percent")
         zeros, weights = (sum(column) for column in zip(*layers.values()))
@@ -192,6 +200,8 @@ class Row:
             macs=nonzero_macs / 1e6,
             macs_asked=100 * settings["macs"] if "macs" in settings else None,
             macs_left=100 * nonzero_macs / dense_macs,
+            ms_asked=settings.get("ms"),
+            ms_predicted=facts.get("predicted_ms"),
             mac_ratio=dense_macs / nonzero_macs if nonzero_macs else None,
             file_bytes=path.stat().st_size,
         )
@@ -227,6 +237,10 @@ def table(rows: list[Row]) -> str:
         f"{printable(row.file)}: {row.macs_left:.2f} % of the MACs are left, at most {row.macs_asked:g} % asked"
         for row in rows
         if row.macs_asked
+    ] + [
+        f"{printable(row.file)}: {row.ms_predicted:.3g} ms predicted, at most {row.ms_asked:g} ms asked"
+        for row in rows
+        if row.ms_asked and row.ms_predicted is not None
     ]
     tabulate.MIN_PADDING = 0
     headers = {name: name.replace(" ", "\n") for name in lines[0]}

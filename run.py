@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import checkpoints
 import data
 import engine
 import models
+import profiles
 import pruning
 import utils
 from engine import Recipe
@@ -62,6 +63,8 @@ class Run:
         self.early: dict[str, Tensor] | None = None
         self.zeros, self.all_zeros = 0, 0
         self.epochs_left = 0
+        self.budget: dict[str, Any] = {"macs": args.macs} if args.macs else {}
+        self.whole = 1.0  # what all weights cost, in the unit of the budget
         with torch.device("meta"):
             network = models.build(args.arch, len(images.classes))
         try:
@@ -75,6 +78,10 @@ class Run:
             models.check_size(args.arch, len(images.classes), args.image_size, last)
         except ValueError as error:
             raise Failure(f"argument --image-size: {error}") from None
+        if args.ms:
+            path = args.profile or args.checkpoint_dir / profiles.NAME
+            self.profile = profiles.read(path, network, args.arch, args.image_size)
+            self.budget, self.whole = {"ms": args.ms, "profile": self.profile.identity}, self.profile.dense_ms
         most = pruning.max_zeros(network, args.allocation, args.exclude)
         for sparsity in args.pr:
             if round(sparsity * self.weights) > most:
@@ -167,24 +174,31 @@ class Run:
                 raise Failure(f"argument --allocation: {error}") from None
 
     def check_budget(self, targets: list[Stage]) -> None:
-        """Failure when no choice of weights leaves as few multiply-adds as asked for."""
-        if not self.args.macs:
+        """Failure when no choice of weights is as cheap as asked for."""
+        if not self.budget:
             return
         with torch.device("meta"):
             network = models.build(self.args.arch, len(self.images.classes))
         network = checkpoints.build_network(self.checkpoint) if self.checkpoint else network
-        profiles = budgets.mac_profiles(network, self.args.image_size, self.args.exclude)
+        flag, asked, whole = "ms" if self.args.ms else "macs", self.args.ms or self.args.macs, self.whole
+        costs = self.costs(network, self.args.exclude)
         for target in targets:
             if not target.settings["control"]:
                 try:
-                    lowest = budgets.lowest_share(network, self.levels(target), profiles, self.args.exclude)
+                    lowest = budgets.lowest_share(network, self.levels(target), costs, self.args.exclude)
                 except ValueError as error:
-                    raise Failure(f"argument --macs: {error}") from None
-                if self.args.macs < lowest:
+                    raise Failure(f"argument --{flag}: {error}") from None
+                if not lowest <= asked / whole <= 1:
                     raise Failure(
-                        f"argument --macs: with {100 * target.settings['sparsity']:g} % zeros it can be from "
-                        f"{math.ceil(1e4 * lowest) / 1e4:g} to 1, not {self.args.macs:g}"
+                        f"argument --{flag}: with {100 * target.settings['sparsity']:g} % zeros it can be from "
+                        f"{math.ceil(1e4 * lowest * whole) / 1e4:g} to {math.floor(1e4 * whole) / 1e4:g}, not {asked:g}"
                     )
+
+    def costs(self, network: nn.Module, exclude: Collection[str]) -> dict[str, budgets.Profile]:
+        """What the layers cost by the number of weights they keep, as shares of the dense network's cost."""
+        if self.args.ms:
+            return self.profile.shares(network, exclude)
+        return budgets.mac_profiles(network, self.args.image_size, exclude)
 
     def levels(self, stage: Stage) -> list[int]:
         """The zeros after each level of the schedule that a stage belongs to."""
@@ -195,14 +209,13 @@ class Run:
     def compute_masks(self, stage: Stage, network: nn.Module, zeros: int) -> pruning.Masks:
         """Which weights of a network a stage keeps, at so many zeros."""
         exclude = stage.settings["exclude"].split()
-        if "macs" not in stage.settings:
+        if not self.budget or stage.settings["control"]:
             return pruning.compute_masks(network, zeros, stage.settings["allocation"], exclude)
-        levels = self.levels(stage)
-        plan = list(zip(levels, budgets.shares(levels, self.weights, stage.settings["macs"])))
+        levels, share = self.levels(stage), (self.args.ms or self.args.macs) / self.whole
+        plan = list(zip(levels, budgets.shares(levels, self.weights, share)))
         share = next(share for level, share in plan if level >= stage.zeros)
         later = [budget for budget in plan if budget[0] > stage.zeros]
-        profiles = budgets.mac_profiles(network, self.args.image_size, exclude)
-        return budgets.compute_masks(network, (zeros, share), profiles, exclude, later)
+        return budgets.compute_masks(network, (zeros, share), self.costs(network, exclude), exclude, later)
 
     # --- the weights to rewind to ---
 
@@ -365,4 +378,5 @@ class Run:
             "settings": stage.settings,
             "history": earlier + entries,
             **({"parent": checkpoints.digest(parent["net"])} if parent else {}),
+            **({"predicted_ms": self.profile.predict(network)} if "ms" in stage.settings else {}),
         }

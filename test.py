@@ -263,6 +263,8 @@ def contradictions(path: Path, facts: Facts, row: Row, score: engine.Score, dens
         found.append(f"should be {row.sparsity_asked:g} % zero, and is {row.sparsity:.2f} %")
     if row.macs_asked and row.macs_left > row.macs_asked + 1e-6:
         found.append(f"should have {row.macs_asked:g} % of its MACs, and has {row.macs_left:.4f} %")
+    if row.ms_asked and row.ms_predicted is not None and row.ms_predicted > row.ms_asked * (1 + 1e-6):
+        found.append(f"should take {row.ms_asked:g} ms, and {row.ms_predicted:.6g} ms are predicted")
     name = RESULT_NAME.fullmatch(path.name)
     named = float(name["percent"]) if name and name["percent"] else row.sparsity_asked
     if row.sparsity_asked is not None and f"{named:g}" != f"{row.sparsity_asked:g}":

@@ -129,6 +129,13 @@ seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
 image_size = number(int, lambda value: value in image_sizes, "a whole number from 16 to 1024")
 
 
+milliseconds = number(
+    float,
+    lambda value: 1e-4 <= value < 1e6 and math.isclose(float(f"{value:g}"), value, rel_tol=1e-9),
+    "a time in milliseconds from 0.0001 to below 1,000,000, with at most six digits",
+)
+
+
 def directory(text: str) -> Path:
     """An argparse type: the path of a directory; an empty one would silently be the current directory."""
     if not text:

@@ -27,6 +27,7 @@ from deployment.simplification import without_dead_channels
 Function = Callable[[Tensor], Tensor]  # (N, 3, H, W) float32 images -> (N, classes) float32 logits
 Call = tuple["Runtime", int, int, Function]  # with a number of threads and a batch size
 
+ENGINE = "sparse engine"  # the name of ours
 BATCH = 64
 CALLS = {1: 10, BATCH: 1}  # timed calls of a runtime in one round, by batch size
 
@@ -102,7 +103,7 @@ def make_runtimes(
         if small.shapes() != program.shapes():
             without_zeros = ProgramModule(small)
             add("dead channels removed, PyTorch fp32", lambda _: in_pytorch(without_zeros))
-        add("sparse engine", lambda count: Engine(network, size, count), accuracy=True)
+        add(ENGINE, lambda count: Engine(network, size, count), accuracy=True)
     return runtimes
 
 

@@ -5,12 +5,13 @@ import csv
 import io
 import itertools
 import platform
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
 
-from deployment.runtimes import BATCH, CALLS, Runtime
+from deployment.runtimes import BATCH, CALLS, ENGINE, Runtime
 
 
 @dataclass
@@ -71,6 +72,22 @@ def runtimes_table(runtimes: list[Runtime], thread_counts: list[int]) -> str:
     headers += [f"ms, batch 1\n{count}" for count in counts] + [f"images/s, batch {BATCH}\n{count}" for count in counts]
     headers += ["largest\ndifference", "accuracy"]
     return tabulate(rows, headers, colalign=("left", "left", *["right"] * (len(headers) - 2)), disable_numparse=True)
+
+
+def predictions(found: dict[Path, dict], runtimes: list[Runtime]) -> list[str]:
+    """A line for each network that was pruned to a time: what was predicted for one image, and what was measured."""
+    lines = []
+    for runtime in runtimes:
+        checkpoint = found[Path(runtime.checkpoint)]
+        if runtime.name == ENGINE and "predicted_ms" in checkpoint:
+            measured = ", ".join(
+                f"{1e3 * statistics.median(seconds):.3g} ms ({threads} thread{'s' * (threads > 1)})"
+                for (batch, threads), seconds in runtime.seconds.items()
+                if batch == 1
+            )
+            name = short_name(runtime.checkpoint, runtimes)
+            lines.append(f"{name}: {checkpoint['predicted_ms']:.3g} ms predicted, measured {measured}")
+    return lines
 
 
 def short_name(checkpoint: str, rows: list[File] | list[Runtime]) -> str:

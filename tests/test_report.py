@@ -54,12 +54,13 @@ def read_csv(path: Path, key: str = "file") -> dict[str, dict]:
         ("iter", 0.9, {"rewind": 5}, True, "90percent_iter_control_rewind5_ckpt.pth"),
         ("iter", 0.9, {"macs": 0.15, "rewind": 5}, False, "90percent_iter_macs0.15_rewind5_ckpt.pth"),
         ("iter", 0.9, {"macs": 0.15}, True, "90percent_iter_control_ckpt.pth"),
+        ("single", 0.9, {"ms": 1.2}, False, "90percent_single_ms1.2_ckpt.pth"),
         ("single", None, {"allocation": "lamp", "retrain": "plain"}, False, "control_single_plain_ckpt.pth"),
     ],
 )
 def test_file_names_are_parsed_as_they_are_written(mode, sparsity, options, control, name):
     args = argparse.Namespace(
-        **{"allocation": "global", "macs": None, "retrain": "distilled", "rewind": None} | options
+        **{"allocation": "global", "macs": None, "ms": None, "retrain": "distilled", "rewind": None} | options
     )
     assert report.file_name(mode, sparsity, args, control) == name
     found = report.RESULT_NAME.fullmatch(name).groupdict()

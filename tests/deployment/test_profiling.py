@@ -1,0 +1,63 @@
+"""deploy.py --profile measures the layers of a network in the engine."""
+
+import json
+
+import pytest
+import torch
+from conftest import SMALL, call, succeed
+from networks import one_thread, pruned  # noqa: F401 (an automatic fixture)
+
+import checkpoints
+import models
+import profiles
+import pruning
+from deployment import profiling
+
+
+def test_networks_are_pruned_to_a_density_in_every_layer():
+    network = pruned("resnet20", 0.3)
+    for density in (0.01, 0.5, 1.0):
+        for name, weight in pruning.prunable(profiling.pruned_to(network, density)).items():
+            assert int(weight.count_nonzero()) == max(1, round(density * weight.numel())), name
+    half = profiling.pruned_to(network, 0.2)
+    for weight, original in zip(pruning.prunable(half).values(), pruning.prunable(network).values()):
+        assert torch.equal(weight[weight != 0], original[weight != 0])
+
+
+@pytest.mark.slow
+def test_a_profile_is_written_and_pruned_to(images, tmp_path):
+    line = ("--dataset", images, "--checkpoint-dir", tmp_path, *SMALL)
+    succeed("main.py", *line)
+    printed = succeed("deploy.py", tmp_path / "ckpt.pth", "--profile", "--rounds", "1", "--threads", "1")
+    network = models.build("resnet20", 2)
+    profile = profiles.read(tmp_path / profiles.NAME, network, "resnet20", 16)
+    assert printed == (
+        f"{tmp_path}/profile.json: 20 layers, {profile.dense_ms:.3g} ms for one image with all weights\n"
+    )
+    assert profile.dense_ms > 0 and all(ms[-1] > 0 for _, ms in profile.layers.values())
+    sparse = profiling.pruned_to(network, 0.02)
+    assert profile.predict(sparse) < profile.dense_ms
+    done = call("deploy.py", tmp_path / "ckpt.pth", "--profile")
+    assert done.returncode == 2 and "exists, and results may depend on it" in done.stderr
+    ms = f"{(profile.predict(sparse) + profile.dense_ms) / 2:.4f}"
+    succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--retrain-epochs", "1", "--ms", ms)
+    name = f"50percent_single_ms{float(ms):g}_ckpt.pth"
+    predicted = checkpoints.load_checkpoint(tmp_path / name)["predicted_ms"]
+    printed = succeed("deploy.py", tmp_path / name, "--dataset", images, "--rounds", "1", "--threads", "1")
+    assert f"{name}: {predicted:.3g} ms predicted, measured " in printed
+    assert json.loads((tmp_path / profiles.NAME).read_text())["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--profile", "--onnx"), "--profile and --onnx exclude each other"),
+        (("--profile", "--dtype", "bf16"), "--profile and --dtype exclude each other"),
+        (("--target", "web", "--out", "x", "--profile"), "--target and --profile exclude each other"),
+        (("--target", "web", "--out", "x", "--safetensors"), "--target and --safetensors exclude each other"),
+        (("--target", "web"), "--target and --out need each other"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_refused(tmp_path, flags, message):
+    done = call("deploy.py", tmp_path / "ckpt.pth", *flags)
+    assert (done.returncode, done.stderr) == (2, f"deploy.py: {message}\n")
