@@ -1,17 +1,18 @@
 """deploy.py --profile measures the layers of a network in the engine."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, call, succeed
 from networks import one_thread, pruned  # noqa: F401 (an automatic fixture)
 
-import checkpoints
 import models
 import profiles
 import pruning
-from deployment import profiling
+from deployment import profiling, tables
+from deployment.runtimes import ENGINE, Runtime
 
 
 def test_networks_are_pruned_to_a_density_in_every_layer():
@@ -39,13 +40,19 @@ def test_a_profile_is_written_and_pruned_to(images, tmp_path):
     assert profile.predict(sparse) < profile.dense_ms
     done = call("deploy.py", tmp_path / "ckpt.pth", "--profile")
     assert done.returncode == 2 and "exists, and results may depend on it" in done.stderr
-    ms = f"{(profile.predict(sparse) + profile.dense_ms) / 2:.4f}"
-    succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--retrain-epochs", "1", "--ms", ms)
-    name = f"50percent_single_ms{float(ms):g}_ckpt.pth"
-    predicted = checkpoints.load_checkpoint(tmp_path / name)["predicted_ms"]
-    printed = succeed("deploy.py", tmp_path / name, "--dataset", images, "--rounds", "1", "--threads", "1")
-    assert f"{name}: {predicted:.3g} ms predicted, measured " in printed
     assert json.loads((tmp_path / profiles.NAME).read_text())["threads"] == 1
+
+
+def test_predicted_and_measured_time_stand_in_one_line():
+    def runtime(checkpoint: str, name: str) -> Runtime:
+        seconds = {(1, 1): [0.0021, 0.002, 0.003], (64, 1): [0.1], (1, 2): [0.0015]}
+        return Runtime(checkpoint, name, 90.0, 1, 1, lambda _: None, lambda x: x, False, seconds=seconds)
+
+    found = {Path("a/ms_ckpt.pth"): {"predicted_ms": 1.98}, Path("a/ckpt.pth"): {}}
+    runtimes = [runtime(str(path), name) for path in found for name in ("PyTorch fp32", ENGINE)]
+    assert tables.predictions(found, runtimes) == [
+        "ms_ckpt.pth: 1.98 ms predicted, measured 2.1 ms (1 thread), 1.5 ms (2 threads)"
+    ]
 
 
 @pytest.mark.parametrize(

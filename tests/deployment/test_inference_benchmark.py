@@ -1,0 +1,62 @@
+"""benchmarks/inference.py measures every runtime on every network, and says what it could not measure."""
+
+import csv
+import multiprocessing
+import threading
+from types import SimpleNamespace
+
+import pytest
+from conftest import SMALL, call, load_script, succeed
+from networks import one_thread  # noqa: F401 (an automatic fixture)
+
+SCRIPT = "benchmarks/inference.py"
+
+
+class Process(threading.Thread):
+    """A runtime's process that starts at once, because it imports nothing anew."""
+
+    def kill(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("benchmark")
+    succeed("main.py", *SMALL, "--dataset", images, "--checkpoint-dir", directory)
+    return directory / "ckpt.pth"
+
+
+@pytest.fixture(autouse=True)
+def in_threads(monkeypatch):
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
+def test_every_runtime_is_measured_and_compared(trained, images, tmp_path):
+    names = ("sparse engine", "PyTorch fp32", "PyTorch bf16")
+    flags = ("--prune", "0.9", "--runtimes", *names, "--rounds", "2", "--threads", "1", "--csv", tmp_path / "out.csv")
+    printed = succeed(SCRIPT, trained, "--dataset", images, *flags)
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["checkpoint"], row["runtime"]) for row in rows]
+    assert found == [(str(trained), name) for name in names] + [(f"{trained}, 90 % pruned", names[0])]
+    assert [row["accuracy"] != "" for row in rows] == [True, True, True, False]
+    assert [float(row["sparsity"]) for row in rows] == pytest.approx([0, 0, 0, 90], abs=1e-3)
+    for row in rows:
+        assert 0 < float(row["seconds_batch1_threads1"]) < float(row["seconds_batch64_threads1"])
+        assert float(row["largest_difference"]) < (0.1 if "bf16" in row["runtime"] else 1e-5)
+        assert row["runtime"] in printed
+
+
+def test_a_runtime_that_fails_is_named_and_the_others_are_measured(trained, images, monkeypatch):
+    script = load_script(SCRIPT)
+
+    def missing(*_arguments):
+        raise ImportError("no module named openvino\nmore")
+
+    monkeypatch.setitem(script.RUNTIMES, "OpenVINO fp32", (missing,))
+    flags = ("--runtimes", "OpenVINO fp32", "sparse engine", "--rounds", "1", "--threads", "1")
+    done = call(SCRIPT, trained, "--dataset", images, *flags)
+    assert done.returncode == 0
+    assert done.stderr == "inference.py: OpenVINO fp32 is not measured: no module named openvino\n"
+    assert "sparse engine" in done.stdout and "OpenVINO" not in done.stdout
