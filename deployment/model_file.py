@@ -10,7 +10,7 @@ All numbers are little-endian, u32 or float32. Whatever is not a multiple of 4 b
     4 u32      height and width of the images, classes, operations
     u32        bytes of the class names
     6 float32  mean and standard deviation of each channel, of pixels from 0 to 1
-    u32        0
+    u32        what images have behind their transparent pixels: 0 white, 1 black
     names      UTF-8, each followed by a zero byte; no bytes for no names
     operations in the order of execution
 
@@ -54,8 +54,10 @@ def write(
     mean: Sequence[float] = (0, 0, 0),
     std: Sequence[float] = (1, 1, 1),
     class_names: Sequence[str] = (),
+    background: str = "white",
 ) -> bytes:
-    """The model file of a program. `mean` and `std` of pixels from 0 to 1 are for whoever prepares the images.
+    """The model file of a program. `mean` and `std` of pixels from 0 to 1, and the `background` of transparent images,
+    "white" or "black", are for whoever prepares the images.
 
     ValueError for weights that are not float32, and for names that are not as many as the classes.
     """
@@ -66,7 +68,7 @@ def write(
         raise ValueError(f"{len(class_names)} class names for {classes} classes")
     names = "".join(f"{name}\0" for name in class_names).encode()
     header = struct.pack("<6I", VERSION, *program.image_size, classes, len(program.operations), len(names))
-    header += struct.pack("<6fI", *mean, *std, 0)
+    header += struct.pack("<6fI", *mean, *std, background == "black")
     content = b"".join([header, _padded(names), *parts])
     return MAGIC + struct.pack("<I", zlib.crc32(content, zlib.crc32(MAGIC))) + content
 

@@ -160,7 +160,7 @@ static float *prepare(const engine *network, const char *path) {
     size_t size;
     int width, height, to_width = engine_width(network), to_height = engine_height(network);
     uint8_t *bytes = read_file(path, &size, &why);
-    uint8_t *photo = bytes ? decode_photo(bytes, size, &width, &height, &why) : NULL;
+    uint8_t *photo = bytes ? decode_photo(bytes, size, engine_background(network), &width, &height, &why) : NULL;
     free(bytes);
     if (!photo) {
         fprintf(stderr, "classify: %s cannot be read as an image: %s\n", path, why);

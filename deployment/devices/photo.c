@@ -67,7 +67,7 @@ static uint8_t *turn(const uint8_t *rgba, int *width, int *height, int orientati
     return turned;
 }
 
-uint8_t *decode_photo(const uint8_t *bytes, size_t size, int *width, int *height, const char **why) {
+uint8_t *decode_photo(const uint8_t *bytes, size_t size, int black, int *width, int *height, const char **why) {
     int channels;
     *why = "it is too large";
     if (size > INT_MAX) return NULL;
@@ -79,7 +79,7 @@ uint8_t *decode_photo(const uint8_t *bytes, size_t size, int *width, int *height
         if (!strcmp(*why, "unknown image type")) *why = "it is neither PNG nor JPEG";
         return NULL;
     }
-    onto_white(found, *width * *height);
+    make_opaque(found, *width * *height, black);
     int how = orientation(bytes, size);
     if (how == 1) return found;
     *why = "there is too little memory";

@@ -74,9 +74,10 @@ void normalize(const uint8_t *rgb, int pixels, const float *mean, const float *s
         for (int c = 0; c < 3; c++) to[(size_t)c * (size_t)pixels + i] = (rgb[3 * i + c] / 255.0f - mean[c]) / std[c];
 }
 
-void onto_white(uint8_t *rgba, int pixels) {
+void make_opaque(uint8_t *rgba, int pixels, int black) {
+    int behind = black ? 0 : 255;
     for (uint8_t *p = rgba, *end = rgba + 4 * (size_t)pixels; p < end; p += 4) {
-        for (int c = 0; c < 3; c++) p[c] = (uint8_t)((p[c] * p[3] + 255 * (255 - p[3]) + 127) / 255);
+        for (int c = 0; c < 3; c++) p[c] = (uint8_t)((p[c] * p[3] + behind * (255 - p[3]) + 127) / 255);
         p[3] = 255;
     }
 }

@@ -13,8 +13,8 @@ int resize(const uint8_t *from, int step, int width, int height, uint8_t *to, in
 /* (pixels, 3) bytes -> (3, pixels) floats: (byte / 255 - mean) / std */
 void normalize(const uint8_t *rgb, int pixels, const float *mean, const float *std, float *to);
 
-/* Put a pixel in front of white; `rgba` has 4 bytes a pixel, and becomes opaque. */
-void onto_white(uint8_t *rgba, int pixels);
+/* Put pixels in front of white, or black; `rgba` has 4 bytes a pixel, and becomes opaque. */
+void make_opaque(uint8_t *rgba, int pixels, int black);
 
 void softmax(const float *logits, int count, float *probabilities);
 

@@ -27,6 +27,7 @@ from deployment import model_file
 from deployment.engine.build import cache_directory
 from deployment.graph import lower
 from deployment.simplification import without_dead_channels
+from images.pixels import Rendering
 from utils import Failure, printable
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ TARGETS = {
     "aarch64-macos": ["-target", "aarch64-macos.13.0"],
     "web": ["-target", "wasm32-wasi", "-msimd128", "-mexec-model=reactor", "-DENGINE_ONE_THREAD"],
 }
-FUNCTIONS = ("load", "run", "error", "classes", "height", "width", "class_name", "mean", "std")
+FUNCTIONS = ("load", "run", "error", "classes", "height", "width", "class_name", "mean", "std", "background")
 EXPORTS = ["malloc", "free", "resize", "normalize", "softmax", *(f"engine_{name}" for name in FUNCTIONS)]
 
 
@@ -91,7 +92,11 @@ def export(args: Namespace, found: dict[Path, dict]) -> None:
 
 def write_model(path: Path, checkpoint: dict, args: Namespace, dataset: data.Dataset | None, folder: Path) -> dict:
     """Write the model file of a checkpoint; returns what the page says of it."""
-    size = args.image_size or checkpoint.get("settings", {}).get("image_size", 32)
+    settings = checkpoint.get("settings", {})
+    rendering = Rendering.of(settings)
+    if rendering.grey:
+        raise Failure(f"{path} was trained on images of more than 8 bits, which programs for devices do not read")
+    size = args.image_size or settings.get("image_size", 32)
     names = checkpoint.get("classes") or (dataset.classes if dataset else [])
     mean, std = checkpoint.get("mean"), checkpoint.get("std")
     if dataset:
@@ -100,7 +105,8 @@ def write_model(path: Path, checkpoint: dict, args: Namespace, dataset: data.Dat
         mean, std = (mean, std) if mean else dataset.mean_and_std()
     network = checkpoints.build_network(checkpoint).eval()
     try:
-        content = model_file.write(without_dead_channels(lower(network, size)), mean, std, names)
+        program = without_dead_channels(lower(network, size))
+        content = model_file.write(program, mean, std, names, rendering.background or "white")
     except ValueError as error:
         raise Failure(f"{path} cannot be a model file: {error}") from None
     name = path.name.removesuffix(path.suffix).removesuffix("_ckpt")

@@ -106,6 +106,7 @@ def library(lanes: int | None = None, extra: tuple[str, ...] = ()) -> ctypes.CDL
         ("class_name", ctypes.c_char_p, pointer, integer),
         ("mean", ctypes.POINTER(ctypes.c_float), pointer),
         ("std", ctypes.POINTER(ctypes.c_float), pointer),
+        ("background", integer, pointer),
         ("seconds", ctypes.c_double, pointer, integer, integer),
     ):
         function = getattr(found, f"engine_{name}")

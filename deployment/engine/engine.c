@@ -167,7 +167,7 @@ typedef struct Plan Plan;
 typedef struct Pool Pool;
 
 struct engine {
-    int threads, height, width, classes, operations, has_names;
+    int threads, height, width, classes, operations, has_names, background;
     const float *mean, *std;
     const char *names;
     Operation *operation;
@@ -331,7 +331,7 @@ static int read_model(engine *e, const uint8_t *bytes, size_t size) {
     uint32_t name_bytes = word(&r, 0, 1 << 24);
     e->mean = take(&r, 12);
     e->std = take(&r, 12);
-    take(&r, 4); /* reserved */
+    e->background = word(&r, 0, 1);
     e->names = take(&r, name_bytes);
     if (r.bad) return ENGINE_FORMAT;
     int names = 0;
@@ -1872,6 +1872,7 @@ int engine_height(const engine *e) { return e->height; }
 int engine_width(const engine *e) { return e->width; }
 const float *engine_mean(const engine *e) { return e->mean; }
 const float *engine_std(const engine *e) { return e->std; }
+int engine_background(const engine *e) { return e->background; }
 
 const char *engine_class_name(const engine *e, int i) {
     const char *name = e->has_names && i >= 0 && i < e->classes ? e->names : "";

@@ -44,6 +44,7 @@ int engine_height(const engine *e), engine_width(const engine *e); /* of the ima
 const char *engine_class_name(const engine *e, int i);   /* UTF-8; "" if the file has no names */
 const float *engine_mean(const engine *e);               /* of each channel: normalized = (pixel - mean) / std, */
 const float *engine_std(const engine *e);                /* with pixels from 0 to 1 */
+int engine_background(const engine *e);                  /* behind transparent pixels: 0 white, 1 black */
 
 /* For benchmarks, in a library that is built with ENGINE_PROFILE: seconds spent in operation i since loading, one image
    at a time (grouped 0) or in groups; -1 after the last operation. */

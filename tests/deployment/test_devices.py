@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import re
 import shutil
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from networks import one_thread, pruned, randomize, resize  # noqa: F401 (an aut
 from PIL import Image, ImageOps
 from torchvision.models import mobilenet_v2
 
+import checkpoints
 from deployment import model_file, packing
 from deployment.devices import targets
 from deployment.graph import lower
@@ -163,10 +165,11 @@ def test_resize_is_pillows(library, size, to, step):
     assert np.abs(resized.astype(int) - np.array(image.resize(to, Image.Resampling.BILINEAR))).max() <= 1
 
 
-def decode(library, content: bytes) -> np.ndarray | str:
+def decode(library, content: bytes, black: bool = False) -> np.ndarray | str:
     """RGB pixels, or why there are none."""
     width, height, why = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
-    found = library.decode_photo(content, ctypes.c_size_t(len(content)), *map(ctypes.byref, (width, height, why)))
+    size = ctypes.c_size_t(len(content))
+    found = library.decode_photo(content, size, black, *map(ctypes.byref, (width, height, why)))
     if not found:
         return why.value.decode()
     return np.ctypeslib.as_array(found, (height.value, width.value, 4))[..., :3].copy()
@@ -184,10 +187,44 @@ def test_png_pixels_are_exact(library, mode):
     assert np.array_equal(decode(library, written(image, "PNG")), np.array(image.convert("RGB")))
 
 
-def test_transparency_is_in_front_of_white(library):
+@pytest.mark.parametrize("background", ["white", "black"])
+def test_transparency_is_in_front_of_the_background_of_training(library, background):
     image = Image.fromarray(noise(19, 23, 4), "RGBA")
-    reference = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    assert np.abs(decode(library, written(image, "PNG")).astype(int) - np.array(reference)).max() <= 1
+    reference = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    found = decode(library, written(image, "PNG"), background == "black")
+    assert np.abs(found.astype(int) - np.array(reference)).max() <= 1
+
+
+def test_a_model_says_what_is_behind_transparent_pixels(program, tmp_path):
+    """A white square that fades away: on black its edges are grey, on white nothing is left of it."""
+    pixels = np.full((32, 32, 4), 255, np.uint8)
+    pixels[..., 3] = np.linspace(0, 255, 32).astype(np.uint8)
+    picture = Image.fromarray(pixels, "RGBA")
+    picture.save(tmp_path / "faded.png")
+    network = pruned("resnet20", 0.1)
+    for background in "white", "black":
+        model = tmp_path / f"{background}.model"
+        model.write_bytes(model_file.write(lower(network, 32), MEAN, STD, background=background))
+        done = subprocess.run(
+            [program, model, tmp_path / "faded.png", "--logits", "--threads", "1"], capture_output=True, text=True
+        )
+        found = np.array(re.search(r"faded.png: (.*?)  \(", done.stdout)[1].split(), float)
+        seen = np.array(Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB"))
+        images = torch.from_numpy((seen / 255 - MEAN) / STD).permute(2, 0, 1).float()
+        expected = network(images[None])[0].detach().numpy()
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max(), background
+
+
+def test_networks_for_images_of_more_than_8_bits_are_refused(tmp_path):
+    path = tmp_path / "grey_ckpt.pth"
+    network = {"net": pruned("resnet20", 0.1).state_dict(), "acc": 50.0, "zeros": 0, "format": checkpoints.FORMAT}
+    settings = {"arch": "resnet20", "dataset": "x", "image_size": 32, "grey_black": 0.0, "grey_white": 4095.0}
+    checkpoints.save(
+        path, network | {"settings": settings, "mean": [0.5] * 3, "std": [0.2] * 3, "classes": list("0123456789")}
+    )
+    done = call("deploy.py", path, "--target", "x86_64-linux", "--out", tmp_path / "out")
+    reason = "was trained on images of more than 8 bits, which programs for devices do not read"
+    assert (done.returncode, done.stderr) == (2, f"deploy.py: {path} {reason}\n")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -68,9 +68,9 @@ async function load(file) {
   return { handle, names, width: engine.engine_width(handle), height: engine.engine_height(handle) };
 }
 
-// The pixels of a picture in the engine's memory, RGBA in front of white. By default browsers turn it upright; the
-// option that asks for it has another name in older ones.
-async function decode(blob) {
+// The pixels of a picture in the engine's memory, RGBA in front of what the network wants. By default browsers turn it
+// upright; the option that asks for it has another name in older ones.
+async function decode(blob, { handle }) {
   let picture;
   try {
     picture = await createImageBitmap(blob, { colorSpaceConversion: "none" });
@@ -86,7 +86,7 @@ async function decode(blob) {
   const place = allocate(4 * width * height);
   for (let top = 0; top < height; top += rows) {
     const count = Math.min(rows, height - top);
-    context.fillStyle = "#fff";
+    context.fillStyle = engine.engine_background(handle) ? "#000" : "#fff";
     context.fillRect(0, 0, width, rows);
     context.drawImage(picture, 0, -top);
     bytesAt(place + 4 * width * top, 4 * width * count).set(context.getImageData(0, 0, width, count).data);
@@ -137,7 +137,7 @@ async function answer({ id, file, blob }) {
     if (!networks.has(file)) networks.set(file, await load(file));
     const result = { id, file };
     if (blob) {
-      const picture = await decode(blob);
+      const picture = await decode(blob, networks.get(file));
       try {
         Object.assign(result, compute(file, networks.get(file), picture));
       } finally {
