@@ -807,14 +807,7 @@ static int plan_convolution(Plan *plan, int number, const Operation *op, int thr
 
 /* A place in the activations, which one value after another uses. Grouped, its border stays zero, so that only values
    of the same shape follow. */
-typedef struct { size_t place, floats; int busy, shape[6]; } Slot;
-
-static size_t floats_of(const Plan *plan, const Value *v, int shape[6]) {
-    int lanes = plan->grouped ? LANES : 1;
-    int s[6] = {v->channels, v->height, v->width, v->border[0], v->border[1], (int)v->line};
-    memcpy(shape, s, sizeof s);
-    return round16((size_t)v->channels * v->pitch + (size_t)lanes * 0);
-}
+typedef struct { size_t place, floats; int busy, shape[7]; } Slot;
 
 static int place_values(const engine *e, Plan *plan) {
     Slot *slots = calloc((size_t)e->operations + 1, sizeof(Slot));
@@ -826,8 +819,8 @@ static int place_values(const engine *e, Plan *plan) {
         v->line = (size_t)(b[1] + v->width + b[3]) * lanes;
         v->pitch = round16((b[0] + v->height + b[2]) * v->line);
         if ((double)v->channels * v->pitch > ENGINE_MAX_FLOATS) code = ENGINE_LARGE;
-        int shape[6], found = -1;
-        size_t floats = floats_of(plan, v, shape);
+        int shape[7] = {v->channels, v->height, v->width, b[0], b[1], b[2], b[3]}, found = -1;
+        size_t floats = v->channels * v->pitch;
         if (i > 0) { /* write over an input where every output depends on the same place of it only */
             const Operation *op = e->operation + i - 1;
             int k = op->kind == CONVOLVE && op->inputs > 1 ? 1 : 0;

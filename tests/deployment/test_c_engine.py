@@ -84,6 +84,12 @@ def test_every_convolution(kernel, stride, padding, dilation, groups, lanes):
         assert_same(made, lanes)
 
 
+def test_padding_below_that_only_one_of_two_values_has():
+    torch.manual_seed(0)
+    affine = Operation("affine", [1], 2, weight=torch.randn(8), bias=torch.randn(8))
+    assert_same(program([convolution([0], 1, 3, 8), affine, convolution([2], 3, 8, 8, padding=(0, 0, 5, 0))], (8, 8)))
+
+
 @pytest.mark.parametrize("activation", ["relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"])
 def test_activations_and_elementwise_operations(activation):
     torch.manual_seed(0)
