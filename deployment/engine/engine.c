@@ -569,7 +569,8 @@ static int plan_source(Plan *plan, Convolution *c, uint32_t number, const Window
     }
     int one = w->rows * w->columns == 1, inside = w->top == 0 && w->left == 0
         && (w->kernel[0] - 1) * w->dilation[0] < x->height && (w->kernel[1] - 1) * w->dilation[1] < x->width;
-    if (inside && (one || (count == 1 && w->rows == x->height && w->columns == x->width))) {
+    int every = w->stride[0] * w->stride[1] == 1 && w->rows == x->height && w->columns == x->width;
+    if (inside && (one || (count == 1 && every))) {
         c->source = x->place;
         for (int i = 0; i < count; i++)
             taps[i] = i / w->kernel[1] * w->dilation[0] * x->line + (size_t)(i % w->kernel[1]) * w->dilation[1];

@@ -73,7 +73,7 @@ def test_each_algorithm_on_maps_that_no_vector_divides(kind, lanes, choose):
     [
         (1, 2, 0, 1, 1), (3, 2, 1, 1, 1), (7, 2, 3, 1, 1), (3, 1, 2, 2, 1), ((1, 7), 1, (0, 3, 0, 3), 1, 1),
         (4, 4, 1, 1, 1), (3, 3, 0, 1, 1), (2, 1, (1, 0, 0, 1), 1, 1), (3, (1, 2), 1, 1, 1), (3, 1, 1, 1, 2),
-        (3, 1, 1, 1, 8), (3, 2, 1, 1, 8),
+        (3, 1, 1, 1, 8), (3, 2, 1, 1, 8), (1, 2, (0, 0, 16, 13), 1, 1),
     ],
 )  # fmt: skip
 def test_every_convolution(kernel, stride, padding, dilation, groups, lanes):
