@@ -1139,8 +1139,10 @@ typedef struct {
 
 static void barrier(const Call *call);
 
-static int first_of(const Call *call, int count) { return (int)((int64_t)count * call->thread / call->threads); }
-static int last_of(const Call *call, int count) { return (int)((int64_t)count * (call->thread + 1) / call->threads); }
+/* Where part i of `count` things begins. */
+static int part(int count, int i, int parts) { return (int)((int64_t)count * i / parts); }
+static int first_of(const Call *call, int count) { return part(count, call->thread, call->threads); }
+static int last_of(const Call *call, int count) { return part(count, call->thread + 1, call->threads); }
 
 INLINE void copy_plane(const int step, const float *from, size_t jump, const int32_t *mask, float *to, int lines,
                        int columns, size_t length) {
@@ -1241,7 +1243,7 @@ static void run_dense(const Call *call, const Convolution *c, const Operation *o
         int vectors = ceil_div(c->rows * c->columns, LANES), chunks = ceil_div(vectors, most);
         for (int b = first; b < last; b++)
             for (int i = 0; i < chunks; i++) {
-                int v = vectors * i / chunks, end = vectors * (i + 1) / chunks;
+                int v = part(vectors, i, chunks), end = part(vectors, i + 1, chunks);
                 dense_tile(c, t, t->source + (size_t)v * 4 * LANES, (size_t)v * LANES, b, count, end - v);
             }
         return;
@@ -1249,7 +1251,7 @@ static void run_dense(const Call *call, const Convolution *c, const Operation *o
     int chunks = ceil_div(c->columns, most);
     for (int y = 0; y < c->rows; y++)
         for (int i = 0; i < chunks; i++) {
-            int x = c->columns * i / chunks, end = c->columns * (i + 1) / chunks;
+            int x = part(c->columns, i, chunks), end = part(c->columns, i + 1, chunks);
             for (int b = first; b < last; b++)
                 dense_tile(c, t, t->source + y * t->source_line + x * t->source_column, y * t->line + (size_t)x * LANES,
                            b, count, end - x);

@@ -90,6 +90,12 @@ def test_padding_below_that_only_one_of_two_values_has():
     assert_same(program([convolution([0], 1, 3, 8), affine, convolution([2], 3, 8, 8, padding=(0, 0, 5, 0))], (8, 8)))
 
 
+def test_more_than_a_million_pixels(choose):
+    torch.manual_seed(0)
+    choose(model_file.DENSE)
+    assert_same(program([convolution([0], 1, 3, 1, density=1)], (1200, 1200)), counts=(1,))
+
+
 @pytest.mark.parametrize("activation", ["relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"])
 def test_activations_and_elementwise_operations(activation):
     torch.manual_seed(0)
