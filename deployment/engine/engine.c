@@ -1317,12 +1317,14 @@ INLINE void winograd_filters(const int m, const Call *call, const Convolution *c
                 UNROLL for (int y = 0; y < m; y++) interleave(m, v + n * y, out + y * line);
                 continue;
             }
-            int filter = b * c->block + f;
-            size_t place = filter * t->pitch + tile_row(c, m, tile + i) * t->line
-                + (size_t)tile_column(c, m, tile + i) * LANES;
+            int filter = b * c->block + f, row = tile_row(c, m, tile + i), column = tile_column(c, m, tile + i);
+            size_t place = filter * t->pitch + row * t->line + (size_t)column * LANES;
+            /* The rows and columns of previous tiles, which another thread may write, stay as they are. */
+            int top = (tile + i) / c->across * m - row, left = (tile + i) % c->across * m - column;
             vec bias = splat(t->bias[filter]), floor = splat(t->activation == RELU ? 0 : -__builtin_inff());
             UNROLL for (int y = 0; y < m; y++)
                 UNROLL for (int x = 0; x < m; x++) {
+                    if (y < top || x < left) continue;
                     size_t at = place + y * t->line + x * LANES;
                     vec sum = v[n * y + x] + bias;
                     if (t->residual) sum += load(t->residual + at);
@@ -1330,6 +1332,7 @@ INLINE void winograd_filters(const int m, const Call *call, const Convolution *c
                 }
             if (t->activation > RELU)
                 for (int k = 0; k < m * m; k++) {
+                    if (k / m < top || k % m < left) continue;
                     float *at = t->out + place + k / m * t->line + k % m * LANES;
                     store(at, activated(load(at), t->activation));
                 }

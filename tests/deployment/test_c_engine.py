@@ -167,6 +167,19 @@ def test_the_same_bits_with_any_number_of_threads(shared):
     assert torch.equal(engine(images), Engine(network, 16, 1)(images))
 
 
+def test_threads_do_not_write_the_same_outputs(choose):
+    torch.manual_seed(0)
+    choose(model_file.WINOGRAD4)
+    layers = [convolution([i], i + 1, 8 if i else 3, 8) for i in range(4)]
+    for layer in layers:
+        layer.activation = "hardswish"
+    content = model_file.write(program(layers, (5, 17)))
+    images = torch.randn(LANES, 3, 5, 17).numpy()
+    alone, together = Model(content), Model(content, THREADS)
+    expected = alone.run(images)
+    assert all((together.run(images) == expected).all() for _ in range(200))
+
+
 def test_nan_stays_nan(shared):
     images = torch.randn(LANES + 1, 3, 16, 16)
     images[3, 1, 10, 10] = images[LANES, 0, 0, 0] = float("nan")
