@@ -1647,7 +1647,7 @@ typedef struct { Pool *pool; int thread; pthread_t handle; } Worker;
 struct Pool {
     int threads;
     Job job;
-    atomic_uint jobs, arrived, sleeping, stop;
+    atomic_uint jobs, arrived, passed, sleeping, stop; /* arrived at a barrier; barriers passed so far */
     atomic_int caller; /* processor of the calling thread */
     pthread_mutex_t mutex;
     pthread_cond_t wake;
@@ -1690,8 +1690,13 @@ static int current_processor(void) {
 static void barrier(const Call *call) {
     Pool *pool = call->e->pool;
     if (call->threads < 2) return;
-    unsigned threads = (unsigned)call->threads, mine = atomic_fetch_add(&pool->arrived, 1) / threads;
-    for (unsigned looks = 0; (int)(atomic_load_explicit(&pool->arrived, memory_order_acquire) / threads - mine) <= 0;) {
+    unsigned passed = atomic_load(&pool->passed);
+    if (atomic_fetch_add(&pool->arrived, 1) + 1 == (unsigned)call->threads) {
+        atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed); /* before `passed` for whoever reads that */
+        atomic_fetch_add(&pool->passed, 1);
+        return;
+    }
+    for (unsigned looks = 0; atomic_load_explicit(&pool->passed, memory_order_acquire) == passed;) {
         relax();
         if (++looks <= LOOKS) continue;
         if (call->thread == 0) atomic_store(&pool->caller, current_processor()); /* it may have moved since */
