@@ -177,7 +177,7 @@ struct engine {
 };
 
 static uint32_t crc32(uint32_t crc, const uint8_t *bytes, size_t size) {
-    static uint32_t table[8][256]; /* of a byte that is followed by k zero bytes; filled with the same numbers always */
+    uint32_t table[8][256]; /* of a byte that is followed by k zero bytes */
     for (int i = 0; i < 256; i++) {
         uint32_t c = (uint32_t)i;
         for (int k = 0; k < 8; k++) c = c >> 1 ^ (c & 1 ? 0xedb88320u : 0);
@@ -1607,7 +1607,8 @@ static void run_plan(const Call *call) {
         default: run_elementwise(call, op, i);
         }
         barrier(call);
-        if (call->thread == 0) call->e->profile[2 * i + call->plan->grouped] += seconds() - begin;
+        /* Of the calling thread: several have number 0 while each computes a group of its own. */
+        if (call->own == call->plan->own[0]) call->e->profile[2 * i + call->plan->grouped] += seconds() - begin;
     }
     store_logits(call);
     barrier(call);
