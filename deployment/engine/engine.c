@@ -486,7 +486,7 @@ struct Plan {
 
 /* Zeroed memory that lives as long as the plan; it starts at a cache line. NULL if there is none. */
 static void *allocate(Plan *plan, uint64_t count, size_t size) {
-    if (count * size > 16 * ENGINE_MAX_FLOATS) return NULL;
+    if (count * size > 16 * ENGINE_MAX_FLOATS || count * size > SIZE_MAX / 2) return NULL;
     Memory *block = calloc(1, (size_t)count * size + 128);
     if (!block) return NULL;
     block->next = plan->memory;
@@ -533,8 +533,8 @@ static int plan_copies(Plan *plan, Convolution *c, const Value *x, const Window 
         p->place = c->copied;
         p->floats = round16((size_t)p->lines * w->columns + (c->flat ? 0 : LANES));
         c->copied += p->floats;
+        if ((uint64_t)c->copied * x->channels > ENGINE_MAX_FLOATS) return ENGINE_LARGE; /* before a sum can overflow */
     }
-    if (c->copied * x->channels > ENGINE_MAX_FLOATS) return ENGINE_LARGE;
     c->table = allocate(plan, c->copied, sizeof(int32_t));
     if (!c->table) return ENGINE_MEMORY;
     for (const Plane *p = c->plane; p < c->plane + c->planes; p++) {
@@ -739,7 +739,7 @@ static int plan_winograd(Plan *plan, Convolution *c, const Operation *op, const 
     c->block = c->chunk > 1 ? FILTERS : 2 * FILTERS;
     c->blocks = ceil_div(op->filters, c->block);
     pitch = (size_t)op->depth * c->block;
-    c->weights = allocate(plan, squares * pitch * c->blocks, 4);
+    c->weights = allocate(plan, (uint64_t)squares * pitch * c->blocks, 4);
     c->offsets = allocate(plan, squares, 4);
     if (!c->weights || !c->offsets) return ENGINE_MEMORY;
     for (int i = 0; i < squares; i++) c->offsets[i] = (uint32_t)(4 * taps[i]);
