@@ -173,7 +173,7 @@ struct engine {
     Operation *operation;
     Plan *plans;
     Pool *pool;
-    double seconds[2], *profile;
+    double *profile;
 };
 
 static uint32_t crc32(uint32_t crc, const uint8_t *bytes, size_t size) {
@@ -300,6 +300,7 @@ static void read_operation(Reader *r, Operation *op, uint32_t number) {
     int two = op->kind == ADD || op->kind == MULTIPLY;
     if (op->kind != CONCATENATE && (op->inputs > (two || op->kind == CONVOLVE ? 2 : 1) || op->inputs < 1 + two))
         r->bad = 1;
+    if (op->kind > MULTIPLY && op->activation) r->bad = 1;
     for (int i = 0; i < op->inputs && !r->bad; i++)
         if (op->input[i] > number) r->bad = 1;
     for (int i = 0; i < 2; i++) op->kernel[i] = word(r, 1, MAX_PARAMETER);
@@ -555,25 +556,18 @@ static int plan_copies(Plan *plan, Convolution *c, const Value *x, const Window 
    and column, and plans copies where they are needed. */
 static int plan_source(Plan *plan, Convolution *c, uint32_t number, const Window *w, size_t *taps) {
     const Value *x = plan->values + number;
-    int count = w->kernel[0] * w->kernel[1], code;
+    int count = w->kernel[0] * w->kernel[1], lanes = plan->grouped ? LANES : 1, code;
     c->pitch = x->pitch;
     c->line = w->stride[0] * x->line;
-    c->column = LANES;
-    if (plan->grouped) {
-        c->column = w->stride[1] * LANES;
-        c->source = x->place - w->top * x->line - (size_t)w->left * LANES;
-        for (int i = 0; i < count; i++)
-            taps[i] = i / w->kernel[1] * w->dilation[0] * x->line
-                + (size_t)(i % w->kernel[1]) * w->dilation[1] * LANES;
-        return ENGINE_OK;
-    }
+    c->column = plan->grouped ? w->stride[1] * LANES : LANES;
     int one = w->rows * w->columns == 1, inside = w->top == 0 && w->left == 0
         && (w->kernel[0] - 1) * w->dilation[0] < x->height && (w->kernel[1] - 1) * w->dilation[1] < x->width;
     int every = w->stride[0] * w->stride[1] == 1 && w->rows == x->height && w->columns == x->width;
-    if (inside && (one || (count == 1 && every))) {
-        c->source = x->place;
+    if (plan->grouped || (inside && (one || (count == 1 && every)))) {
+        c->source = x->place - w->top * x->line - (size_t)w->left * lanes;
         for (int i = 0; i < count; i++)
-            taps[i] = i / w->kernel[1] * w->dilation[0] * x->line + (size_t)(i % w->kernel[1]) * w->dilation[1];
+            taps[i] = i / w->kernel[1] * w->dilation[0] * x->line
+                + (size_t)(i % w->kernel[1]) * w->dilation[1] * lanes;
         return ENGINE_OK;
     }
     const Convolution *from = plan->copied; /* a block's shortcut can read the copies of its first convolution */
@@ -853,7 +847,7 @@ static int place_values(const engine *e, Plan *plan) {
                 if (plan->values[number].last_use == i - 1 && slot_of[number] != found)
                     slots[slot_of[number]].busy = 0;
             }
-        if (v->last_use < i && i < e->operations) slots[found].busy = 0; /* nobody reads it */
+        if (v->last_use < i) slots[found].busy = 0; /* nobody reads it */
     }
     free(slots);
     free(slot_of);
@@ -1462,14 +1456,6 @@ static void run_pad_channels(const Call *call, const Operation *op, int number) 
                                   + (size_t)(i / lanes) * op->stride[1] * lanes + i % lanes];
         }
     }
-    for (int channel = first_of(call, out->channels); channel < last_of(call, out->channels); channel++)
-        for (int row = 0; row < (op->activation ? out->height : 0); row++) {
-            float *to = call->arena + out->place + channel * out->pitch + row * out->line;
-            for (int i = 0; i < out->width * lanes; i++) {
-                vec y = activated(splat(to[i]), op->activation);
-                to[i] = y[0];
-            }
-        }
 }
 
 /* to = to + from, or the larger of both, for `count` pixels; in `from` they are `step` pixels apart. */
@@ -1520,10 +1506,6 @@ static void run_pool(const Call *call, const Operation *op, int number) {
                     area = max(min(bottom, x->height) - max(top, 0), 0) * max(min(right, x->width) - max(left, 0), 0);
                 for (int i = 0; i < lanes; i++) to[column * lanes + i] /= (float)area;
             }
-            for (int i = 0; i < out->width * lanes && op->activation; i++) {
-                vec value = activated(splat(to[i]), op->activation);
-                to[i] = value[0];
-            }
         }
 }
 
@@ -1546,11 +1528,10 @@ static void run_adaptive_pool(const Call *call, const Operation *op, int number)
             float *to = call->arena + out->place + channel * out->pitch + row * out->line + (size_t)column * lanes;
             float area = (float)((bottom - top) * (right - left));
             if (lanes > 1) {
-                store(to, activated(sum / area, op->activation));
+                store(to, sum / area);
             } else {
                 for (int k = 0; k < LANES; k++) rest += sum[k];
-                vec value = activated(splat(rest / area), op->activation);
-                *to = value[0];
+                *to = rest / area;
             }
         }
 }
@@ -1779,9 +1760,9 @@ static void run_in_pool(engine *e, const Job *job) {
    is a copy: the last barrier lets the calling thread write the next one. */
 static void run_job(Job job, int thread) {
     engine *e = job.e;
+    const Plan *any = job.single ? job.single : job.group;
     int threads = e->threads;
-    size_t floats = (size_t)3 * (job.single ? job.single : job.group)->height
-        * (job.single ? job.single : job.group)->width, alone = job.groups / threads * threads;
+    size_t floats = (size_t)3 * any->height * any->width, alone = job.groups / threads * threads;
     Call call = {e, NULL, NULL, NULL, NULL, NULL, LANES, thread, threads};
     for (size_t image = 0; image < job.count;) {
         size_t number = image / LANES;
@@ -1826,7 +1807,6 @@ int engine_load(const void *bytes, size_t size, int threads, engine **out) {
 
 int engine_run(engine *e, const float *images, size_t count, int height, int width, float *logits) {
     if (count == 0) return ENGINE_OK;
-    if (height < 1 || width < 1) return ENGINE_SIZE;
     Job job = {e, NULL, NULL, images, logits, count, count / LANES};
     if (2 * (count % LANES) > LANES) job.groups++; /* idle lanes cost less than so many images one by one */
     if (job.groups) {
