@@ -16,7 +16,7 @@ All numbers are little-endian, u32 or float32. Whatever is not a multiple of 4 b
 
 Operation i writes value i + 1; value 0 is the images. Pairs are rows, columns.
 
-    3 u32      kind, activation, number of inputs; then the inputs
+    3 u32      kind, activation (0 from `concatenate` on), number of inputs; then the inputs
     17 u32     kernel (2), stride (2), padding (4: top, left, bottom, right), dilation (2), groups, ceil_mode,
                count_include_pad, size (2), channels (2)
 

@@ -173,11 +173,11 @@ struct engine {
     Operation *operation;
     Plan *plans;
     Pool *pool;
-    double seconds[2], *profile;
+    double *profile;
 };
 
 static uint32_t crc32(uint32_t crc, const uint8_t *bytes, size_t size) {
-    static uint32_t table[8][256]; /* of a byte that is followed by k zero bytes; filled with the same numbers always */
+    uint32_t table[8][256]; /* of a byte that is followed by k zero bytes */
     for (int i = 0; i < 256; i++) {
         uint32_t c = (uint32_t)i;
         for (int k = 0; k < 8; k++) c = c >> 1 ^ (c & 1 ? 0xedb88320u : 0);
@@ -300,6 +300,7 @@ static void read_operation(Reader *r, Operation *op, uint32_t number) {
     int two = op->kind == ADD || op->kind == MULTIPLY;
     if (op->kind != CONCATENATE && (op->inputs > (two || op->kind == CONVOLVE ? 2 : 1) || op->inputs < 1 + two))
         r->bad = 1;
+    if (op->kind > MULTIPLY && op->activation) r->bad = 1;
     for (int i = 0; i < op->inputs && !r->bad; i++)
         if (op->input[i] > number) r->bad = 1;
     for (int i = 0; i < 2; i++) op->kernel[i] = word(r, 1, MAX_PARAMETER);
@@ -486,7 +487,7 @@ struct Plan {
 
 /* Zeroed memory that lives as long as the plan; it starts at a cache line. NULL if there is none. */
 static void *allocate(Plan *plan, uint64_t count, size_t size) {
-    if (count * size > 16 * ENGINE_MAX_FLOATS) return NULL;
+    if (count * size > 16 * ENGINE_MAX_FLOATS || count * size > SIZE_MAX / 2) return NULL;
     Memory *block = calloc(1, (size_t)count * size + 128);
     if (!block) return NULL;
     block->next = plan->memory;
@@ -533,8 +534,8 @@ static int plan_copies(Plan *plan, Convolution *c, const Value *x, const Window 
         p->place = c->copied;
         p->floats = round16((size_t)p->lines * w->columns + (c->flat ? 0 : LANES));
         c->copied += p->floats;
+        if ((uint64_t)c->copied * x->channels > ENGINE_MAX_FLOATS) return ENGINE_LARGE; /* before a sum can overflow */
     }
-    if (c->copied * x->channels > ENGINE_MAX_FLOATS) return ENGINE_LARGE;
     c->table = allocate(plan, c->copied, sizeof(int32_t));
     if (!c->table) return ENGINE_MEMORY;
     for (const Plane *p = c->plane; p < c->plane + c->planes; p++) {
@@ -555,24 +556,18 @@ static int plan_copies(Plan *plan, Convolution *c, const Value *x, const Window 
    and column, and plans copies where they are needed. */
 static int plan_source(Plan *plan, Convolution *c, uint32_t number, const Window *w, size_t *taps) {
     const Value *x = plan->values + number;
-    int count = w->kernel[0] * w->kernel[1], code;
+    int count = w->kernel[0] * w->kernel[1], lanes = plan->grouped ? LANES : 1, code;
     c->pitch = x->pitch;
     c->line = w->stride[0] * x->line;
-    c->column = LANES;
-    if (plan->grouped) {
-        c->column = w->stride[1] * LANES;
-        c->source = x->place - w->top * x->line - (size_t)w->left * LANES;
-        for (int i = 0; i < count; i++)
-            taps[i] = i / w->kernel[1] * w->dilation[0] * x->line
-                + (size_t)(i % w->kernel[1]) * w->dilation[1] * LANES;
-        return ENGINE_OK;
-    }
+    c->column = plan->grouped ? w->stride[1] * LANES : LANES;
     int one = w->rows * w->columns == 1, inside = w->top == 0 && w->left == 0
         && (w->kernel[0] - 1) * w->dilation[0] < x->height && (w->kernel[1] - 1) * w->dilation[1] < x->width;
-    if (inside && (one || (count == 1 && w->rows == x->height && w->columns == x->width))) {
-        c->source = x->place;
+    int every = w->stride[0] * w->stride[1] == 1 && w->rows == x->height && w->columns == x->width;
+    if (plan->grouped || (inside && (one || (count == 1 && every)))) {
+        c->source = x->place - w->top * x->line - (size_t)w->left * lanes;
         for (int i = 0; i < count; i++)
-            taps[i] = i / w->kernel[1] * w->dilation[0] * x->line + (size_t)(i % w->kernel[1]) * w->dilation[1];
+            taps[i] = i / w->kernel[1] * w->dilation[0] * x->line
+                + (size_t)(i % w->kernel[1]) * w->dilation[1] * lanes;
         return ENGINE_OK;
     }
     const Convolution *from = plan->copied; /* a block's shortcut can read the copies of its first convolution */
@@ -738,7 +733,7 @@ static int plan_winograd(Plan *plan, Convolution *c, const Operation *op, const 
     c->block = c->chunk > 1 ? FILTERS : 2 * FILTERS;
     c->blocks = ceil_div(op->filters, c->block);
     pitch = (size_t)op->depth * c->block;
-    c->weights = allocate(plan, squares * pitch * c->blocks, 4);
+    c->weights = allocate(plan, (uint64_t)squares * pitch * c->blocks, 4);
     c->offsets = allocate(plan, squares, 4);
     if (!c->weights || !c->offsets) return ENGINE_MEMORY;
     for (int i = 0; i < squares; i++) c->offsets[i] = (uint32_t)(4 * taps[i]);
@@ -807,14 +802,7 @@ static int plan_convolution(Plan *plan, int number, const Operation *op, int thr
 
 /* A place in the activations, which one value after another uses. Grouped, its border stays zero, so that only values
    of the same shape follow. */
-typedef struct { size_t place, floats; int busy, shape[6]; } Slot;
-
-static size_t floats_of(const Plan *plan, const Value *v, int shape[6]) {
-    int lanes = plan->grouped ? LANES : 1;
-    int s[6] = {v->channels, v->height, v->width, v->border[0], v->border[1], (int)v->line};
-    memcpy(shape, s, sizeof s);
-    return round16((size_t)v->channels * v->pitch + (size_t)lanes * 0);
-}
+typedef struct { size_t place, floats; int busy, shape[7]; } Slot;
 
 static int place_values(const engine *e, Plan *plan) {
     Slot *slots = calloc((size_t)e->operations + 1, sizeof(Slot));
@@ -826,8 +814,8 @@ static int place_values(const engine *e, Plan *plan) {
         v->line = (size_t)(b[1] + v->width + b[3]) * lanes;
         v->pitch = round16((b[0] + v->height + b[2]) * v->line);
         if ((double)v->channels * v->pitch > ENGINE_MAX_FLOATS) code = ENGINE_LARGE;
-        int shape[6], found = -1;
-        size_t floats = floats_of(plan, v, shape);
+        int shape[7] = {v->channels, v->height, v->width, b[0], b[1], b[2], b[3]}, found = -1;
+        size_t floats = v->channels * v->pitch;
         if (i > 0) { /* write over an input where every output depends on the same place of it only */
             const Operation *op = e->operation + i - 1;
             int k = op->kind == CONVOLVE && op->inputs > 1 ? 1 : 0;
@@ -859,7 +847,7 @@ static int place_values(const engine *e, Plan *plan) {
                 if (plan->values[number].last_use == i - 1 && slot_of[number] != found)
                     slots[slot_of[number]].busy = 0;
             }
-        if (v->last_use < i && i < e->operations) slots[found].busy = 0; /* nobody reads it */
+        if (v->last_use < i) slots[found].busy = 0; /* nobody reads it */
     }
     free(slots);
     free(slot_of);
@@ -1145,8 +1133,10 @@ typedef struct {
 
 static void barrier(const Call *call);
 
-static int first_of(const Call *call, int count) { return (int)((int64_t)count * call->thread / call->threads); }
-static int last_of(const Call *call, int count) { return (int)((int64_t)count * (call->thread + 1) / call->threads); }
+/* Where part i of `count` things begins. */
+static int part(int count, int i, int parts) { return (int)((int64_t)count * i / parts); }
+static int first_of(const Call *call, int count) { return part(count, call->thread, call->threads); }
+static int last_of(const Call *call, int count) { return part(count, call->thread + 1, call->threads); }
 
 INLINE void copy_plane(const int step, const float *from, size_t jump, const int32_t *mask, float *to, int lines,
                        int columns, size_t length) {
@@ -1247,7 +1237,7 @@ static void run_dense(const Call *call, const Convolution *c, const Operation *o
         int vectors = ceil_div(c->rows * c->columns, LANES), chunks = ceil_div(vectors, most);
         for (int b = first; b < last; b++)
             for (int i = 0; i < chunks; i++) {
-                int v = vectors * i / chunks, end = vectors * (i + 1) / chunks;
+                int v = part(vectors, i, chunks), end = part(vectors, i + 1, chunks);
                 dense_tile(c, t, t->source + (size_t)v * 4 * LANES, (size_t)v * LANES, b, count, end - v);
             }
         return;
@@ -1255,7 +1245,7 @@ static void run_dense(const Call *call, const Convolution *c, const Operation *o
     int chunks = ceil_div(c->columns, most);
     for (int y = 0; y < c->rows; y++)
         for (int i = 0; i < chunks; i++) {
-            int x = c->columns * i / chunks, end = c->columns * (i + 1) / chunks;
+            int x = part(c->columns, i, chunks), end = part(c->columns, i + 1, chunks);
             for (int b = first; b < last; b++)
                 dense_tile(c, t, t->source + y * t->source_line + x * t->source_column, y * t->line + (size_t)x * LANES,
                            b, count, end - x);
@@ -1321,12 +1311,14 @@ INLINE void winograd_filters(const int m, const Call *call, const Convolution *c
                 UNROLL for (int y = 0; y < m; y++) interleave(m, v + n * y, out + y * line);
                 continue;
             }
-            int filter = b * c->block + f;
-            size_t place = filter * t->pitch + tile_row(c, m, tile + i) * t->line
-                + (size_t)tile_column(c, m, tile + i) * LANES;
+            int filter = b * c->block + f, row = tile_row(c, m, tile + i), column = tile_column(c, m, tile + i);
+            size_t place = filter * t->pitch + row * t->line + (size_t)column * LANES;
+            /* The rows and columns of previous tiles, which another thread may write, stay as they are. */
+            int top = (tile + i) / c->across * m - row, left = (tile + i) % c->across * m - column;
             vec bias = splat(t->bias[filter]), floor = splat(t->activation == RELU ? 0 : -__builtin_inff());
             UNROLL for (int y = 0; y < m; y++)
                 UNROLL for (int x = 0; x < m; x++) {
+                    if (y < top || x < left) continue;
                     size_t at = place + y * t->line + x * LANES;
                     vec sum = v[n * y + x] + bias;
                     if (t->residual) sum += load(t->residual + at);
@@ -1334,6 +1326,7 @@ INLINE void winograd_filters(const int m, const Call *call, const Convolution *c
                 }
             if (t->activation > RELU)
                 for (int k = 0; k < m * m; k++) {
+                    if (k / m < top || k % m < left) continue;
                     float *at = t->out + place + k / m * t->line + k % m * LANES;
                     store(at, activated(load(at), t->activation));
                 }
@@ -1463,14 +1456,6 @@ static void run_pad_channels(const Call *call, const Operation *op, int number) 
                                   + (size_t)(i / lanes) * op->stride[1] * lanes + i % lanes];
         }
     }
-    for (int channel = first_of(call, out->channels); channel < last_of(call, out->channels); channel++)
-        for (int row = 0; row < (op->activation ? out->height : 0); row++) {
-            float *to = call->arena + out->place + channel * out->pitch + row * out->line;
-            for (int i = 0; i < out->width * lanes; i++) {
-                vec y = activated(splat(to[i]), op->activation);
-                to[i] = y[0];
-            }
-        }
 }
 
 /* to = to + from, or the larger of both, for `count` pixels; in `from` they are `step` pixels apart. */
@@ -1521,10 +1506,6 @@ static void run_pool(const Call *call, const Operation *op, int number) {
                     area = max(min(bottom, x->height) - max(top, 0), 0) * max(min(right, x->width) - max(left, 0), 0);
                 for (int i = 0; i < lanes; i++) to[column * lanes + i] /= (float)area;
             }
-            for (int i = 0; i < out->width * lanes && op->activation; i++) {
-                vec value = activated(splat(to[i]), op->activation);
-                to[i] = value[0];
-            }
         }
 }
 
@@ -1547,11 +1528,10 @@ static void run_adaptive_pool(const Call *call, const Operation *op, int number)
             float *to = call->arena + out->place + channel * out->pitch + row * out->line + (size_t)column * lanes;
             float area = (float)((bottom - top) * (right - left));
             if (lanes > 1) {
-                store(to, activated(sum / area, op->activation));
+                store(to, sum / area);
             } else {
                 for (int k = 0; k < LANES; k++) rest += sum[k];
-                vec value = activated(splat(rest / area), op->activation);
-                *to = value[0];
+                *to = rest / area;
             }
         }
 }
@@ -1608,7 +1588,8 @@ static void run_plan(const Call *call) {
         default: run_elementwise(call, op, i);
         }
         barrier(call);
-        if (call->thread == 0) call->e->profile[2 * i + call->plan->grouped] += seconds() - begin;
+        /* Of the calling thread: several have number 0 while each computes a group of its own. */
+        if (call->own == call->plan->own[0]) call->e->profile[2 * i + call->plan->grouped] += seconds() - begin;
     }
     store_logits(call);
     barrier(call);
@@ -1648,7 +1629,7 @@ typedef struct { Pool *pool; int thread; pthread_t handle; } Worker;
 struct Pool {
     int threads;
     Job job;
-    atomic_uint jobs, arrived, sleeping, stop;
+    atomic_uint jobs, arrived, passed, sleeping, stop; /* arrived at a barrier; barriers passed so far */
     atomic_int caller; /* processor of the calling thread */
     pthread_mutex_t mutex;
     pthread_cond_t wake;
@@ -1691,8 +1672,13 @@ static int current_processor(void) {
 static void barrier(const Call *call) {
     Pool *pool = call->e->pool;
     if (call->threads < 2) return;
-    unsigned threads = (unsigned)call->threads, mine = atomic_fetch_add(&pool->arrived, 1) / threads;
-    for (unsigned looks = 0; (int)(atomic_load_explicit(&pool->arrived, memory_order_acquire) / threads - mine) <= 0;) {
+    unsigned passed = atomic_load(&pool->passed);
+    if (atomic_fetch_add(&pool->arrived, 1) + 1 == (unsigned)call->threads) {
+        atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed); /* before `passed` for whoever reads that */
+        atomic_fetch_add(&pool->passed, 1);
+        return;
+    }
+    for (unsigned looks = 0; atomic_load_explicit(&pool->passed, memory_order_acquire) == passed;) {
         relax();
         if (++looks <= LOOKS) continue;
         if (call->thread == 0) atomic_store(&pool->caller, current_processor()); /* it may have moved since */
@@ -1774,9 +1760,9 @@ static void run_in_pool(engine *e, const Job *job) {
    is a copy: the last barrier lets the calling thread write the next one. */
 static void run_job(Job job, int thread) {
     engine *e = job.e;
+    const Plan *any = job.single ? job.single : job.group;
     int threads = e->threads;
-    size_t floats = (size_t)3 * (job.single ? job.single : job.group)->height
-        * (job.single ? job.single : job.group)->width, alone = job.groups / threads * threads;
+    size_t floats = (size_t)3 * any->height * any->width, alone = job.groups / threads * threads;
     Call call = {e, NULL, NULL, NULL, NULL, NULL, LANES, thread, threads};
     for (size_t image = 0; image < job.count;) {
         size_t number = image / LANES;
@@ -1821,7 +1807,6 @@ int engine_load(const void *bytes, size_t size, int threads, engine **out) {
 
 int engine_run(engine *e, const float *images, size_t count, int height, int width, float *logits) {
     if (count == 0) return ENGINE_OK;
-    if (height < 1 || width < 1) return ENGINE_SIZE;
     Job job = {e, NULL, NULL, images, logits, count, count / LANES};
     if (2 * (count % LANES) > LANES) job.groups++; /* idle lanes cost less than so many images one by one */
     if (job.groups) {

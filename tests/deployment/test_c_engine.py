@@ -73,7 +73,7 @@ def test_each_algorithm_on_maps_that_no_vector_divides(kind, lanes, choose):
     [
         (1, 2, 0, 1, 1), (3, 2, 1, 1, 1), (7, 2, 3, 1, 1), (3, 1, 2, 2, 1), ((1, 7), 1, (0, 3, 0, 3), 1, 1),
         (4, 4, 1, 1, 1), (3, 3, 0, 1, 1), (2, 1, (1, 0, 0, 1), 1, 1), (3, (1, 2), 1, 1, 1), (3, 1, 1, 1, 2),
-        (3, 1, 1, 1, 8), (3, 2, 1, 1, 8),
+        (3, 1, 1, 1, 8), (3, 2, 1, 1, 8), (1, 2, (0, 0, 16, 13), 1, 1),
     ],
 )  # fmt: skip
 def test_every_convolution(kernel, stride, padding, dilation, groups, lanes):
@@ -82,6 +82,18 @@ def test_every_convolution(kernel, stride, padding, dilation, groups, lanes):
         middle = convolution([1], 2, 8, 16, kernel, stride, padding, dilation, groups, density)
         made = program([convolution([0], 1, 3, 8), middle, convolution([2], 3, 16, 8, 1, 1, 0)], (16, 13))
         assert_same(made, lanes)
+
+
+def test_padding_below_that_only_one_of_two_values_has():
+    torch.manual_seed(0)
+    affine = Operation("affine", [1], 2, weight=torch.randn(8), bias=torch.randn(8))
+    assert_same(program([convolution([0], 1, 3, 8), affine, convolution([2], 3, 8, 8, padding=(0, 0, 5, 0))], (8, 8)))
+
+
+def test_more_than_a_million_pixels(choose):
+    torch.manual_seed(0)
+    choose(model_file.DENSE)
+    assert_same(program([convolution([0], 1, 3, 1, density=1)], (1200, 1200)), counts=(1,))
 
 
 @pytest.mark.parametrize("activation", ["relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"])
@@ -153,6 +165,19 @@ def test_the_same_bits_with_any_number_of_threads(shared):
     engine, network = shared
     images = torch.randn(2 * LANES + 3, 3, 16, 16)
     assert torch.equal(engine(images), Engine(network, 16, 1)(images))
+
+
+def test_threads_do_not_write_the_same_outputs(choose):
+    torch.manual_seed(0)
+    choose(model_file.WINOGRAD4)
+    layers = [convolution([i], i + 1, 8 if i else 3, 8) for i in range(4)]
+    for layer in layers:
+        layer.activation = "hardswish"
+    content = model_file.write(program(layers, (5, 17)))
+    images = torch.randn(LANES, 3, 5, 17).numpy()
+    alone, together = Model(content), Model(content, THREADS)
+    expected = alone.run(images)
+    assert all((together.run(images) == expected).all() for _ in range(200))
 
 
 def test_nan_stays_nan(shared):

@@ -22,6 +22,7 @@ import checkpoints
 from deployment import model_file, packing
 from deployment.devices import targets
 from deployment.graph import lower
+from deployment.program import Operation, Program
 from deployment.simplification import without_dead_channels
 
 EMULATORS = {
@@ -111,6 +112,18 @@ def test_logits_under_qemu(folder, target, name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_on_this_processor(folder, program, name):
     check_logits([program], folder, name, "--threads", 2)
+
+
+@pytest.mark.qemu
+def test_a_layer_too_large_for_32_bits(folder, tmp_path):
+    """The engine's copies of the image would be 2^32 + 2^14 floats long."""
+    weight = torch.zeros(1, 3, 1, 1024)
+    weight[..., 0] = 1
+    layer = Operation("convolve", [0], 1, weight=weight, bias=torch.zeros(1), kernel=(1, 1024))
+    model = tmp_path / "large.model"
+    model.write_bytes(model_file.write(Program([layer, Operation("adaptive_pool", [1], 2)], (2048, 3071))))
+    command = [*emulator("arm-linux"), targets.compile_for("arm-linux")]
+    refused(run(command, model, folder / "32.png"), "the network needs too much memory")
 
 
 @pytest.mark.qemu

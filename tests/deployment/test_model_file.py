@@ -54,6 +54,12 @@ def test_hostile_bytes_are_an_error_or_finite_work(content, change):
             continue
 
 
+def test_kinds_without_activation():
+    layers = [Operation("max_pool", [0], 1, "relu")]
+    with pytest.raises(ValueError, match="contradicts"):
+        Model(model_file.write(program(layers, (6, 5))))
+
+
 def test_gaps_longer_than_a_byte():
     places = np.array([0, 1, 255, 256, 510, 511 + 255, 2000])
     at, found = 0, []
