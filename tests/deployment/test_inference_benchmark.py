@@ -1,4 +1,4 @@
-"""benchmarks/inference.py measures every runtime on every network, and says what it could not measure."""
+"""benchmarks/inference.py measures every runtime on every network; benchmarks/tradeoff.py what each mask costs."""
 
 import csv
 import multiprocessing
@@ -60,3 +60,25 @@ def test_a_runtime_that_fails_is_named_and_the_others_are_measured(trained, imag
     assert done.returncode == 0
     assert done.stderr == "inference.py: OpenVINO fp32 is not measured: no module named openvino\n"
     assert "sparse engine" in done.stdout and "OpenVINO" not in done.stdout
+
+
+def test_accuracy_stands_beside_multiply_adds_and_time(images, tmp_path):
+    directories = (tmp_path / "0", tmp_path / "1")
+    for seed, folder in enumerate(directories):
+        line = (*SMALL, "--dataset", images, "--checkpoint-dir", folder, "--seed", seed)
+        for flags in (), ("--macs", "0.3"):
+            succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--retrain-epochs", "1", *flags)
+    done = call("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "results.csv is missing" in done.stderr
+    succeed("test.py", "--checkpoint-dir", *directories, "--dataset", images)
+    succeed("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out", "--rounds", "1")
+    rows, *results = (
+        list(csv.DictReader(path.read_text().splitlines()))
+        for path in (tmp_path / "out.csv", *(folder / "results.csv" for folder in directories))
+    )
+    assert [(row["way"], row["seeds"]) for row in rows] == [("dense", "2"), ("global", "2"), ("macs", "2")]
+    for row in rows:
+        same = [float(found["accuracy"]) for found in results[0] + results[1] if found["file"] == row["file"]]
+        assert float(row["accuracy"]) == pytest.approx(sum(same) / 2) and float(row["ms"]) > 0
+    assert float(rows[2]["macs_left"]) <= 30 < float(rows[1]["macs_left"])
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
