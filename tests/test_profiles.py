@@ -104,6 +104,8 @@ def test_a_time_is_kept_by_weights_that_are_cheaper_than_those_of_one_threshold(
         ({"profile": 2}, "is a profile of version 2, not 1"),
         ({"arch": "resnet18"}, "is a profile of resnet18 for 16 pixels, not of resnet20 for 16"),
         ({"image_size": 32}, "is a profile of resnet20 for 32 pixels, not of resnet20 for 16"),
+        ({"profile": "2" * 1000}, f"is a profile of version {'2' * 40}, not 1"),
+        ({"arch": "a" * 1000}, f"is a profile of {'a' * 60} for 16 pixels, not of resnet20 for 16"),
         ({"layers": {}}, "is a profile of other layers than those of resnet20"),
         ({"layers": []}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [432], "ms": [1.0]}}}, "is not a profile"),
@@ -113,6 +115,8 @@ def test_a_time_is_kept_by_weights_that_are_cheaper_than_those_of_one_threshold(
         ({"layers": {"conv1": {"kept": ["a", "b"], "ms": [1.0, 2.0]}}}, "is not a profile"),
         ({"other_ms": None}, "is not a profile"),
         ({"other_ms": float("nan")}, "is not a profile"),
+        ({"layers": {"conv1": {"kept": [1, 5], "ms": [1, 10**400]}}}, "is not a profile"),
+        ({"other_ms": 10**400}, "is not a profile"),
     ],
 )
 def test_what_is_no_profile_of_the_network_is_refused_in_a_line(written, change, message):
