@@ -4,7 +4,8 @@ Global magnitude pruning spares the early layers, whose weights are multiplied m
 w^2 - lambda * cost is above one threshold over all layers. lambda is found by bisection, the smallest for which the
 network fits the budget; lambda = 0 is global magnitude pruning. For the cost that it attains the choice is optimal:
 no other with as many zeros and no higher cost removes less squared magnitude (Everett, Generalized Lagrange
-multiplier method, 1963). Every layer keeps its largest weight.
+multiplier method, 1963). Every layer keeps its largest weight. Where the costs of a layer are not convex, the choice is
+optimal for the sum of its prices, which are: it fits the budget, and another that fits may remove less.
 """
 
 import math
@@ -48,6 +49,15 @@ class Profile:
         """The cost with so many weights."""
         return float(np.interp(kept, self.kept, self.cost))
 
+    def convex(self, kept: int) -> float:
+        """What the prices of so many weights add up to: the cost itself where the prices are its slopes."""
+        return float(np.interp(kept, self.kept, self._convex))
+
+    @cached_property
+    def _convex(self) -> np.ndarray:
+        rises = np.cumsum([0.0, *np.multiply(self.prices, np.diff(self.kept))])
+        return np.maximum(0.0, self.cost[1] - rises[1] + rises)
+
 
 def mac_profiles(network: nn.Module, image_size: int, exclude: Collection[str] = ()) -> dict[str, Profile]:
     """Multiply-adds of each prunable layer, as shares of those of the whole dense network for one image.
@@ -66,13 +76,24 @@ def mac_profiles(network: nn.Module, image_size: int, exclude: Collection[str] =
     return profiles
 
 
-def shares(levels: Sequence[int], weights: int, share: float) -> list[float]:
+def shares(levels: Sequence[int], weights: int, share: float, profiles: dict[str, Profile]) -> list[float]:
     """The budget of each level of iterative pruning, for `share` at the last: density^a, with the a that fits there.
 
-    `levels` are zeros of `weights` weights. One-shot pruning is the schedule with one level.
+    `levels` are zeros of `weights` weights. Budgets before the last are of the convex cost, which falls with every
+    weight. One-shot pruning is the schedule with one level.
     """
-    exponent = math.log(share) / math.log(1 - levels[-1] / weights)
-    return [(1 - zeros / weights) ** exponent for zeros in levels[:-1]] + [share]
+    whole, last = _whole(profiles), levels[-1]
+    return [whole * (share / whole) ** _steps(zeros, last, weights) for zeros in levels[:-1]] + [share]
+
+
+def _whole(profiles: dict[str, Profile]) -> float:
+    """The convex cost of all weights, or the share of 1 where that is more."""
+    return max(1.0, sum(profile.convex(profile.kept[-1]) for profile in profiles.values()))
+
+
+def _steps(zeros: int, last: int, weights: int) -> float:
+    """Which fraction of the way from the dense network to `last` zeros is done with `zeros`, in equal factors."""
+    return 1.0 if zeros == last else math.log(1 - zeros / weights) / math.log(1 - last / weights)
 
 
 Budget = tuple[int, float]  # zeros, and the cost that is allowed with them
@@ -87,16 +108,18 @@ def compute_masks(
 ) -> Masks:
     """Masks with exactly as many pruned weights and at most the cost of `budget`, in the profiles' unit.
 
-    The budgets that `later` levels will have can be kept, too, by weights that are kept now. Weights that are zero
-    already stay pruned and count. Ties break by position. Raises ValueError as `lowest_share`, and when nothing fits.
+    The budgets that `later` levels will have can be kept, too, by weights that are kept now; see `shares`. Weights that
+    are zero already stay pruned and count. Ties break by position. Raises ValueError as `lowest_share`, and when
+    nothing fits.
     """
     layers = [_Layer(name, weight, profiles[name]) for name, weight in pruning.prunable(network, exclude).items()]
     lowest_share(network, [budget[0]], profiles, exclude)
     weights = sum(layer.size for layer in layers)
 
     def fits(kept: list[int]) -> bool:
-        return _cost(layers, kept) <= budget[1] + ROUNDING and all(
-            _cost(layers, _cheapest(layers, weights - zeros, kept)) <= cost + ROUNDING for zeros, cost in later
+        return _cost(layers, kept, not later) <= budget[1] + ROUNDING and all(
+            _cost(layers, _cheapest(layers, weights - zeros, kept), zeros == later[-1][0]) <= cost + ROUNDING
+            for zeros, cost in later
         )
 
     kept = _fit(layers, weights - budget[0], fits)
@@ -117,9 +140,11 @@ def lowest_share(
         raise ValueError(f"cannot have {levels[0]} zeros: {pruned} weights are zero already")
     if levels[-1] > most:
         raise ValueError(f"cannot have {levels[-1]} zeros: every layer keeps a weight, so at most {most}")
-    logarithms = [math.log(1 - zeros / weights) for zeros in levels]
-    lowest = [_cost(layers, _cheapest(layers, weights - zeros)) for zeros in levels]
-    return max(cost ** (logarithms[-1] / logarithm) for cost, logarithm in zip(lowest, logarithms))
+    whole, lowest = _whole(profiles), []
+    for zeros in levels:
+        cost = _cost(layers, _cheapest(layers, weights - zeros), zeros == levels[-1])
+        lowest.append(whole * (cost / whole) ** (1 / _steps(zeros, levels[-1], weights)))
+    return max(lowest)
 
 
 class _Layer:
@@ -154,8 +179,9 @@ class _Layer:
         return kept.view(self.weight.shape)
 
 
-def _cost(layers: list[_Layer], kept: list[int]) -> float:
-    return sum(layer.profile.at(count) for layer, count in zip(layers, kept))
+def _cost(layers: list[_Layer], kept: list[int], last: bool = True) -> float:
+    """The cost, or before the last level the convex one."""
+    return sum(layer.profile.at(count) if last else layer.profile.convex(count) for layer, count in zip(layers, kept))
 
 
 def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:
@@ -166,10 +192,10 @@ def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        if sum(layer.count(price, middle) for layer in layers) >= keep:
-            low = middle
-        else:
-            high = middle
+        kept = [layer.count(price, middle) for layer in layers]
+        if sum(kept) == keep:
+            return kept
+        low, high = (middle, high) if sum(kept) > keep else (low, middle)
     kept = [layer.count(price, high) for layer in layers]
     for index, layer in enumerate(layers):  # ties at the threshold, by position
         kept[index] += min(layer.count(price, low) - kept[index], keep - sum(kept))

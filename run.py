@@ -212,10 +212,11 @@ class Run:
         if not self.budget or stage.settings["control"]:
             return pruning.compute_masks(network, zeros, stage.settings["allocation"], exclude)
         levels, share = self.levels(stage), (self.args.ms or self.args.macs) / self.whole
-        plan = list(zip(levels, budgets.shares(levels, self.weights, share)))
+        costs = self.costs(network, exclude)
+        plan = list(zip(levels, budgets.shares(levels, self.weights, share, costs)))
         share = next(share for level, share in plan if level >= stage.zeros)
         later = [budget for budget in plan if budget[0] > stage.zeros]
-        return budgets.compute_masks(network, (zeros, share), self.costs(network, exclude), exclude, later)
+        return budgets.compute_masks(network, (zeros, share), costs, exclude, later)
 
     # --- the weights to rewind to ---
 

@@ -121,7 +121,7 @@ def test_no_level_takes_what_later_levels_need(sparsity, factor):
     weights = sum(weight.numel() for weight in pruning.prunable(network).values())
     levels = pruning.schedule(weights, sparsity, 0.2)
     share = factor * budgets.lowest_share(network, levels, profiles)
-    plan = list(zip(levels, budgets.shares(levels, weights, share)))
+    plan = list(zip(levels, budgets.shares(levels, weights, share, profiles)))
     assert plan[-1] == (levels[-1], share)
     exponent = math.log(share) / math.log(1 - sparsity)
     assert plan[0][1] == pytest.approx((1 - levels[0] / weights) ** exponent, rel=1e-3)
@@ -132,6 +132,32 @@ def test_no_level_takes_what_later_levels_need(sparsity, factor):
         left = sum(nonzero for _, nonzero in macs) / sum(dense for dense, _ in macs)
         assert sum(found for found, _ in pruning.count_zeros(network).values()) == zeros
         assert left <= allowed + 1e-9
+
+
+def test_levels_take_no_more_than_pruning_at_once_where_costs_are_flat():
+    """With many weights the engine takes as long as with all: a budget of time for the first levels would empty layers
+    that the last one keeps."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(20, 20, bias=False))
+    profiles = {
+        "0.weight": Profile((0, 25, 100), (0.0, 0.3, 0.3), (0.012, 0.012)),
+        "1.weight": Profile((0, 100, 400), (0.0, 0.7, 0.7), (0.007, 0.007)),
+    }
+    assert [profiles["1.weight"].convex(kept) for kept in (0, 50, 400)] == pytest.approx([0, 0.35, 2.8])
+    levels = pruning.schedule(500, 0.9, 0.3)
+    lowest = budgets.lowest_share(network, levels[-1:], profiles)
+    assert budgets.lowest_share(network, levels, profiles) == lowest == pytest.approx(0.355)
+    at_once = budgets.compute_masks(network, (levels[-1], 0.4), profiles)
+    plan = list(zip(levels, budgets.shares(levels, 500, 0.4, profiles)))
+    for index, budget in enumerate(plan):
+        masks = budgets.compute_masks(network, budget, profiles, later=plan[index + 1 :])
+        pruning.apply(network, masks)
+    assert all(torch.equal(masks[name], at_once[name]) for name in masks)
+
+
+def test_a_target_without_zeros_costs_what_the_dense_network_costs():
+    network, profiles = tiny(0)
+    assert budgets.lowest_share(network, [0], profiles) == pytest.approx(36 + 2 + 13)
 
 
 def test_layers_that_stay_dense_count_in_the_budget():
