@@ -165,6 +165,8 @@ class Run:
                     f"argument -pr: {DENSE} has {100 * self.zeros / self.weights:.2f} % zeros already, "
                     f"which is more than {sparsity:g} asks for"
                 )
+        if self.budget:
+            return  # check_budget finds whether these zeros allow it
         network = checkpoints.build_network(self.checkpoint)
         for first in {stage.zeros: stage for stage in (target.ancestors()[0] for target in targets)}.values():
             try:
@@ -189,9 +191,11 @@ class Run:
                 except ValueError as error:
                     raise Failure(f"argument --{flag}: {error}") from None
                 if not lowest <= asked / whole <= 1:
+                    unit = 10 ** max(-4, math.floor(math.log10(whole)) - 5)  # at most six digits
+                    least, most = math.ceil(lowest * whole / unit) * unit, math.floor(whole / unit) * unit
                     raise Failure(
                         f"argument --{flag}: with {100 * target.settings['sparsity']:g} % zeros it can be from "
-                        f"{math.ceil(1e4 * lowest * whole) / 1e4:g} to {math.floor(1e4 * whole) / 1e4:g}, not {asked:g}"
+                        f"{least:g} to {most:g}, not {asked:g}"
                     )
 
     def costs(self, network: nn.Module, exclude: Collection[str]) -> dict[str, budgets.Profile]:

@@ -172,17 +172,34 @@ def test_a_result_belongs_to_its_profile(dense, tmp_path):
     assert done.returncode == 2 and "was made with other settings: profile" in done.stderr
 
 
-def test_a_time_that_cannot_be_kept_is_refused_before_any_work(dense):
+@pytest.mark.parametrize(("factor", "digit"), [(1, 1e-4), (1000, 0.01)])
+def test_a_time_that_cannot_be_kept_is_refused_before_any_work(dense, tmp_path, factor, digit):
     _, line = dense
-    command = ("main.py", *line, "-pr", "0.8", "-shot", "iter", "--dry-run", "--ms")
+    slow = invented()
+    slow["other_ms"] *= factor
+    for layer in slow["layers"].values():
+        layer["ms"] = [factor * ms for ms in layer["ms"]]
+    (tmp_path / "slow.json").write_text(json.dumps(slow))
+    line = (*line, "--profile", tmp_path / "slow.json", "--dry-run")
+    command = ("main.py", *line, "-pr", "0.8", "-shot", "iter", "--ms")
     done = call(*command, "0.5")
     assert done.returncode == 2 and not done.stdout
     found = re.search(
         r"^main.py: argument --ms: with 80 % zeros it can be from ([\d.]+) to ([\d.]+), not 0.5$", done.stderr
     )
-    assert call(*command, found[1]).returncode == 0
-    assert call(*command, f"{float(found[1]) - 1e-3:.4f}").returncode == 2
-    assert call(*command, f"{float(found[2]) + 1e-3:.4f}").returncode == 2
+    for text, step, code in (found[1], 0, 0), (found[1], -digit, 2), (found[2], 0, 0), (found[2], digit, 2):
+        assert call(*command, f"{float(text) + step:.6g}").returncode == code, (text, step)
+
+
+def test_a_dense_network_with_zeros_that_the_time_does_not_allow_is_refused_for_it(dense, tmp_path):
+    directory, line = dense
+    checkpoint = checkpoints.load_checkpoint(directory / "ckpt.pth")
+    network = checkpoints.build_network(checkpoint)
+    pruning.apply(network, pruning.compute_masks(network, 100_000))
+    checkpoints.save(tmp_path / "ckpt.pth", checkpoint | {"net": network.state_dict()})
+    profile = ("--checkpoint-dir", tmp_path, "--profile", directory / profiles.NAME)
+    done = call("main.py", *line, *profile, "-pr", "0.8", "-shot", "single", "--ms", "0.5")
+    assert done.returncode == 2 and "argument --ms: with 80 % zeros it can be from " in done.stderr
 
 
 def test_a_missing_profile_is_named(images, tmp_path):
