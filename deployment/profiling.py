@@ -6,6 +6,7 @@
 import argparse
 import copy
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -38,6 +39,8 @@ def write(args: argparse.Namespace, found: dict[Path, dict]) -> None:
     target = path.with_name(profiles.NAME)
     if target.exists():
         raise Failure(f"{target} exists, and results may depend on it: move it away to measure again")
+    if not os.access(path.parent, os.W_OK):
+        raise Failure(f"{target} cannot be written")
     size = args.image_size or checkpoint.get("settings", {}).get("image_size", 32)
     try:
         measured = measure(checkpoints.build_network(checkpoint).eval(), size, args.threads, args.rounds)
@@ -63,7 +66,7 @@ def measure(network: nn.Module, size: int, threads: int, rounds: int) -> dict:
     medians over the rounds. ValueError for a network that the engine cannot run.
     """
     models, kept = [], defaultdict(list)
-    for density in DENSITIES:
+    for density in tqdm(DENSITIES, "preparing", leave=False, disable=None):
         pruned = pruned_to(network, density)
         program = fuse(lower(pruned, size))
         models.append(Model(model_file.write(program), threads, extra=("-DENGINE_PROFILE",)))

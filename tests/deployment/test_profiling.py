@@ -1,5 +1,6 @@
 """deploy.py --profile measures the layers of a network in the engine."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import profiles
 import pruning
 from deployment import profiling, tables
 from deployment.runtimes import ENGINE, Runtime
+from utils import Failure
 
 
 def test_networks_are_pruned_to_a_density_in_every_layer():
@@ -42,6 +44,12 @@ def test_a_profile_is_written_and_read(images, tmp_path, monkeypatch):
     done = call("deploy.py", tmp_path / "ckpt.pth", "--profile")
     assert done.returncode == 2 and "exists, and results may depend on it" in done.stderr
     assert json.loads((tmp_path / profiles.NAME).read_text())["threads"] == 1
+
+
+def test_nothing_is_measured_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(Failure, match=r"profile\.json cannot be written"):
+        profiling.write(argparse.Namespace(), {tmp_path / "ckpt.pth": {}})
 
 
 def test_predicted_and_measured_time_stand_in_one_line():
