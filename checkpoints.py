@@ -343,7 +343,7 @@ def _checked_metadata(checkpoint: dict) -> dict:
         good = good and all(isinstance(settings[name], kind) for name, kind in kinds.items() if name in settings)
         good = good and all(0 <= settings.get(name, 0) < 1 for name in FRACTIONS)
         good = good and settings["image_size"] in image_sizes and settings.get("rewind", 0) >= 0
-        good = good and settings.get("ms", 1) > 0
+        good = good and 0 < settings.get("ms", 1) < 1e6
         if not (good and settings.get("epochs", 1) > 0):
             raise ValueError("its settings are not in the form that main.py writes")
     return found

@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--macs",
-        type=utils.fraction,
+        type=utils.share,
         metavar="SHARE",
         help="prune the weights that are multiplied often more than others, until at most this share of the dense "
         "network's multiply-adds is left",

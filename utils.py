@@ -129,11 +129,15 @@ seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0")
 image_size = number(int, lambda value: value in image_sizes, "a whole number from 16 to 1024")
 
 
+def in_file_name(most: float) -> Callable[[float], bool]:
+    """Whether a number from 0.0001 to below `most` has no more digits than a file name carries."""
+    return lambda value: 1e-4 <= value < most and math.isclose(float(f"{value:g}"), value, rel_tol=1e-9)
+
+
 milliseconds = number(
-    float,
-    lambda value: 1e-4 <= value < 1e6 and math.isclose(float(f"{value:g}"), value, rel_tol=1e-9),
-    "a time in milliseconds from 0.0001 to below 1,000,000, with at most six digits",
+    float, in_file_name(1e6), "a time in milliseconds from 0.0001 to below 1,000,000, with at most six digits"
 )
+share = number(float, in_file_name(1), "a share from 0.0001 to below 1, with at most six digits")
 
 
 def directory(text: str) -> Path:

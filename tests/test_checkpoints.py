@@ -302,6 +302,7 @@ BAD_METADATA = {
     "a setting's name is not printable": (with_settings(**{"a\nb": 1}), BAD_SETTINGS),
     "arch is a number": (with_settings(arch=3), BAD_SETTINGS),
     "epochs are none": (with_settings(epochs=0), BAD_SETTINGS),
+    "a time without end": (with_settings(ms=float("inf")), BAD_SETTINGS),
     **{
         f"sparsity is {value!s:.9}": (with_settings(sparsity=value), BAD_SETTINGS)
         for value in ("0.5", None, float("nan"), 10**400, 1.5)
