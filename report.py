@@ -62,9 +62,10 @@ def summary(run: Run, stage: Stage, checkpoint: dict) -> str:
     counts = pruning.count_macs(network, run.args.image_size).values()
     dense, nonzero = (sum(column) / 1e6 for column in zip(*counts))
     line += f", {nonzero:,.1f} of {dense:,.1f} million MACs"
-    if asked := stage.settings.get("macs"):
+    limits = {} if stage.is_level else stage.settings  # levels have limits of their own
+    if asked := limits.get("macs"):
         line += f" ({100 * nonzero / dense:.2f} %, at most {100 * asked:g} % asked)"
-    if asked := stage.settings.get("ms"):
+    if asked := limits.get("ms"):
         line += f", {checkpoint['predicted_ms']:.3g} ms predicted (at most {asked:g} ms asked)"
     return line
 

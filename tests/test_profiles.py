@@ -14,6 +14,8 @@ import checkpoints
 import models
 import profiles
 import pruning
+from deployment import packing
+from formats import packed
 from utils import Failure
 
 
@@ -102,10 +104,10 @@ def test_a_time_is_kept_by_weights_that_are_cheaper_than_those_of_one_threshold(
     ("change", "message"),
     [
         ({"profile": 2}, "is a profile of version 2, not 1"),
-        ({"arch": "resnet18"}, "is a profile of resnet18 for 16 pixels, not of resnet20 for 16"),
-        ({"image_size": 32}, "is a profile of resnet20 for 32 pixels, not of resnet20 for 16"),
         ({"profile": "2" * 1000}, f"is a profile of version {'2' * 40}, not 1"),
         ({"arch": "a" * 1000}, f"is a profile of {'a' * 60} for 16 pixels, not of resnet20 for 16"),
+        ({"arch": "resnet18"}, "is a profile of resnet18 for 16 pixels, not of resnet20 for 16"),
+        ({"image_size": 32}, "is a profile of resnet20 for 32 pixels, not of resnet20 for 16"),
         ({"layers": {}}, "is a profile of other layers than those of resnet20"),
         ({"layers": []}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [432], "ms": [1.0]}}}, "is not a profile"),
@@ -113,10 +115,10 @@ def test_a_time_is_kept_by_weights_that_are_cheaper_than_those_of_one_threshold(
         ({"layers": {"conv1": {"kept": [0, 5], "ms": [1.0, 2.0]}}}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [1, 5], "ms": [-1.0, 2.0]}}}, "is not a profile"),
         ({"layers": {"conv1": {"kept": ["a", "b"], "ms": [1.0, 2.0]}}}, "is not a profile"),
-        ({"other_ms": None}, "is not a profile"),
-        ({"other_ms": float("nan")}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [1, 5], "ms": [1, 10**400]}}}, "is not a profile"),
         ({"other_ms": 10**400}, "is not a profile"),
+        ({"other_ms": None}, "is not a profile"),
+        ({"other_ms": float("nan")}, "is not a profile"),
     ],
 )
 def test_what_is_no_profile_of_the_network_is_refused_in_a_line(written, change, message):
@@ -154,8 +156,9 @@ def test_a_time_is_kept_at_exact_sparsity_and_reported(dense, shot):
     profile = profiles.read(directory / profiles.NAME, network, "resnet20", 16)
     assert 2.2 < profile.predict(network) == checkpoint["predicted_ms"] <= 2.4
     assert checkpoint["settings"]["profile"] == profile.identity
+    assert packed.unpack(packing.pack(checkpoint))["predicted_ms"] == checkpoint["predicted_ms"]
     said = f"{checkpoint['predicted_ms']:.3g} ms predicted"
-    assert f", {said} (at most 2.4 ms asked)" in printed
+    assert f", {said} (at most 2.4 ms asked)" in printed and printed.count("asked") == 1
     images = line[1]
     printed = succeed("test.py", "--checkpoint-dir", directory, "--dataset", images, "--device", "cpu")
     assert f"{name}: {said}, at most 2.4 ms asked" in printed
