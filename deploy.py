@@ -4,6 +4,7 @@
     python deploy.py checkpoint/90percent_iter_ckpt.pth      one checkpoint
     python deploy.py checkpoint --dtype bf16 --onnx          also files with bf16 weights, and ONNX models
     python deploy.py checkpoint --target web --out page      programs and pages for other devices (docs/devices.md)
+    python deploy.py checkpoint/ckpt.pth --profile           the time of each layer, for main.py --ms
 
 Each checkpoint gets a packed file, without its zeros, which test.py and deploy.py read like any checkpoint. Then its
 network is timed in PyTorch, without its dead channels, and in the sparse engine, beside other ways to run the dense

@@ -74,13 +74,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ms",
         type=utils.milliseconds,
         metavar="MS",
-        help="prune the weights that take the most time, until by the profile of a device one image takes at most this",
+        help="prune the weights that take the most time, until one image takes at most this by the profile of a device",
     )
     add(
         "--profile",
         type=Path,
         metavar="FILE",
-        help=f"what deploy.py --profile measured on that device (default: {profiles.NAME} in the checkpoint directory)",
+        help=f"the file of deploy.py --profile for that device (default: {profiles.NAME} in the checkpoint directory)",
     )
     add("--exclude", nargs="+", action="extend", default=[], metavar="NAME", help="layers that stay dense")
     epochs = partial(add, type=utils.count, metavar="N")
