@@ -42,13 +42,12 @@ from deployment import runtimes, tables
 from deployment.engine import Engine, lanes_of_this_cpu, usable_processors
 from deployment.graph import lower
 from deployment.program import ProgramModule
-from deployment.runtimes import BATCH, AsModule, Function, Runtime, in_channels_last, in_pytorch
+from deployment.runtimes import BATCH, ENGINE, AsModule, Function, Runtime, in_channels_last, in_pytorch
 from deployment.simplification import without_dead_channels
 
 CALLS = {1: 10, BATCH: 2}  # timed calls in one round, by batch size
 CALIBRATION = 512  # training images
 PAUSE = 0.02  # seconds before a runtime is timed, in which the threads of the one before stop waiting actively
-OURS = "sparse engine"
 Source = tuple[Path, float]  # a checkpoint, and the sparsity to which its network is pruned, or 0
 
 
@@ -134,8 +133,8 @@ def make_rows(name: str, source: Source, size: int, workers: dict[str, "Worker"]
             name, kind, sparsity, part.nonzeros(), part.macs(), lambda _: None, reference, ACCURACY in RUNTIMES[kind]
         )
         for kind in workers
-        if baselines or kind == OURS
-        for part in [small if kind == OURS else program]
+        if baselines or kind == ENGINE
+        for part in [small if kind == ENGINE else program]
     ]
 
 
@@ -345,7 +344,7 @@ def quantized(source: Source, size: int, calibration: np.ndarray) -> bytes:
 ACCURACY = "accuracy"  # is measured; those of the others differ by rounding only
 FIXED = "fixed"  # to the largest number of threads
 RUNTIMES: dict[str, tuple] = {
-    OURS: (sparse_engine, ACCURACY),
+    ENGINE: (sparse_engine, ACCURACY),
     "PyTorch fp32": (pytorch, ACCURACY),
     "PyTorch fp32, folded, channels_last": (channels_last,),
     "PyTorch fp32, compiled": (compiled, FIXED),
