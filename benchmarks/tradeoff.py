@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{tables.processor()}, vectors of {lanes_of_this_cpu()} floats, {args.threads} threads")
     measure(rows, args.threads, args.rounds)
     lines = summarize(rows)
-    report.write_csv(args.out.with_suffix(".csv"), lines)
-    checkpoints.write(args.out.with_suffix(".png"), figure(lines))
+    report.write_csv(args.out.with_name(f"{args.out.name}.csv"), lines)
+    checkpoints.write(args.out.with_name(f"{args.out.name}.png"), figure(lines))
     print(tabulate.tabulate(lines, "keys", floatfmt=".3f"))
 
 

@@ -68,17 +68,17 @@ def test_accuracy_stands_beside_multiply_adds_and_time(images, tmp_path):
         line = (*SMALL, "--dataset", images, "--checkpoint-dir", folder, "--seed", seed)
         for flags in (), ("--macs", "0.3"):
             succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--retrain-epochs", "1", *flags)
-    done = call("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out")
+    done = call("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out.1")
     assert done.returncode == 2 and "results.csv is missing" in done.stderr
     succeed("test.py", "--checkpoint-dir", *directories, "--dataset", images)
-    succeed("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out", "--rounds", "1")
+    succeed("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out.1", "--rounds", "1")
     rows, *results = (
         list(csv.DictReader(path.read_text().splitlines()))
-        for path in (tmp_path / "out.csv", *(folder / "results.csv" for folder in directories))
+        for path in (tmp_path / "out.1.csv", *(folder / "results.csv" for folder in directories))
     )
     assert [(row["way"], row["seeds"]) for row in rows] == [("dense", "2"), ("global", "2"), ("macs", "2")]
     for row in rows:
         same = [float(found["accuracy"]) for found in results[0] + results[1] if found["file"] == row["file"]]
         assert float(row["accuracy"]) == pytest.approx(sum(same) / 2) and float(row["ms"]) > 0
     assert float(rows[2]["macs_left"]) <= 30 < float(rows[1]["macs_left"])
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out.1.png").read_bytes().startswith(b"\x89PNG")
