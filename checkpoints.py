@@ -321,6 +321,8 @@ def _checked_metadata(checkpoint: dict) -> dict:
             raise ValueError(f"its {name} is not a finite number")
     if "dtype" in checkpoint and checkpoint["dtype"] not in ("bf16", "fp16"):
         raise ValueError("its dtype is unknown")
+    if not isinstance(checkpoint.get("predicted_for", ""), str):
+        raise ValueError("its predicted_for is not a text")
     for name in ("mean", "std"):
         values = checkpoint.get(name, [0.5] * 3)
         good = isinstance(values, list) and len(values) == 3 and all(isinstance(value, float) for value in values)

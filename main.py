@@ -172,7 +172,7 @@ def one_shot(run: Run, sparsity: float | None) -> Stage:
     name = report.file_name("single", sparsity, run.args)
     epochs, control = run.args.retrain_epochs, sparsity is None
     settings = {"mode": "single", "sparsity": sparsity or 0.0, "retrain_epochs": epochs}
-    settings |= {} if control else run.budget
+    settings |= run.limit.settings if run.limit and not control else {}
     return run.stage(name, run.dense, zeros, epochs, retrain, control=control, **settings)
 
 
@@ -180,14 +180,14 @@ def iterative(run: Run, sparsity: float, control: bool = False) -> Stage:
     """Prune in steps with retraining between them, then retrain longer. The control prunes nothing."""
     args, (step, retrain) = run.args, recipes(run.args)
     network = run.dense
-    # What a level may keep depends on where the steps lead.
-    budget = run.budget | {"sparsity": sparsity, "step": args.step} if run.budget and not control else {}
+    # With a limit, what a level may keep depends on where the steps lead.
+    limit = run.limit.settings | {"sparsity": sparsity, "step": args.step} if run.limit and not control else {}
     for level, zeros in enumerate(pruning.schedule(run.weights, sparsity, args.step, run.zeros), 1):
         zeros = run.all_zeros if control else zeros
         name = f"level {level}, {zeros} zeros"
-        settings = {"level": level, "step_epochs": args.step_epochs, **budget}
+        settings = {"level": level, "step_epochs": args.step_epochs, **limit}
         network = run.stage(name, network, zeros, args.step_epochs, step, control=control, **settings)
-    settings = budget | {"mode": "iter", "sparsity": sparsity, "step": args.step, "step_epochs": args.step_epochs}
+    settings = limit | {"mode": "iter", "sparsity": sparsity, "step": args.step, "step_epochs": args.step_epochs}
     settings["final_epochs"] = args.final_epochs
     name = report.file_name("iter", sparsity, args, control)
     return run.stage(name, network, zeros, args.final_epochs, retrain, control=control, **settings)

@@ -17,6 +17,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -24,7 +25,7 @@ from torch import nn
 import checkpoints
 import pruning
 from budgets import Profile
-from utils import Failure
+from utils import Failure, counted
 
 NAME = "profile.json"
 VERSION = 1
@@ -36,6 +37,7 @@ class DeviceProfile:
     """Milliseconds for one image. `layers` has for each layer numbers of weights, and the time with so many."""
 
     identity: str  # 16 hex digits; equal for equal content
+    device: str  # with its number of threads
     arch: str
     image_size: int
     other_ms: float
@@ -67,6 +69,10 @@ class DeviceProfile:
         return self.other_ms + sum(
             float(np.interp(int(weights[name].count_nonzero()), *points)) for name, points in self.layers.items()
         )
+
+    def predicted(self, network: nn.Module) -> dict[str, Any]:
+        """What the file of a network says about its time."""
+        return {"predicted_ms": self.predict(network), "predicted_for": self.device}
 
 
 def prices(kept: list[int], cost: np.ndarray) -> tuple[float, ...]:
@@ -102,12 +108,13 @@ def read(path: Path, network: nn.Module, arch: str, image_size: int) -> DevicePr
             raise Failure(f"{path} is a profile of version {found['profile']!s:.40}, not {VERSION}")
         profile = DeviceProfile(
             hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16],
+            f"{found['device'][:100]}, {counted(found['threads'], 'thread')}",
             found["arch"],
             found["image_size"],
             found["other_ms"],
             {name: (layer["kept"], layer["ms"]) for name, layer in found["layers"].items()},
         )
-        good = _milliseconds([profile.other_ms])
+        good = _milliseconds([profile.other_ms]) and type(found["threads"]) is int
         for kept, ms in profile.layers.values():
             good = good and len(kept) == len(ms) > 1 and all(type(number) is int for number in kept)
             good = good and kept[0] > 0 and all(a < b for a, b in itertools.pairwise(kept)) and _milliseconds(ms)

@@ -2,9 +2,8 @@
 
 import argparse
 import contextlib
-import math
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import budgets
 import checkpoints
 import data
 import engine
+import limits
 import models
-import profiles
 import pruning
 import utils
 from engine import Recipe
 from stages import DENSE, Directory, Stage, check_experiment
-from utils import Failure
+from utils import Failure, counted
 
 
 def report_hours(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else counted(round(60 * hours), "minute")
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 class Run:
@@ -63,8 +57,6 @@ class Run:
         self.early: dict[str, Tensor] | None = None
         self.zeros, self.all_zeros = 0, 0
         self.epochs_left = 0
-        self.budget: dict[str, Any] = {"macs": args.macs} if args.macs else {}
-        self.whole = 1.0  # what all weights cost, in the unit of the budget
         with torch.device("meta"):
             network = models.build(args.arch, len(images.classes))
         try:
@@ -78,10 +70,7 @@ class Run:
             models.check_size(args.arch, len(images.classes), args.image_size, last)
         except ValueError as error:
             raise Failure(f"argument --image-size: {error}") from None
-        if args.ms:
-            path = args.profile or args.checkpoint_dir / profiles.NAME
-            self.profile = profiles.read(path, network, args.arch, args.image_size)
-            self.budget, self.whole = {"ms": args.ms, "profile": self.profile.identity}, self.profile.dense_ms
+        self.limit = limits.of(args, network)
         most = pruning.max_zeros(network, args.allocation, args.exclude)
         for sparsity in args.pr:
             if round(sparsity * self.weights) > most:
@@ -128,7 +117,7 @@ class Run:
         for target in targets:
             self.directory.check(target, force)
         self.check_zeros(targets)
-        self.check_budget(targets)
+        self.check_limit(targets)
         self.load_early(targets, force)
         self.directory.find_kept_levels([self.dense, *targets])
         return targets
@@ -165,8 +154,8 @@ class Run:
                     f"argument -pr: {DENSE} has {100 * self.zeros / self.weights:.2f} % zeros already, "
                     f"which is more than {sparsity:g} asks for"
                 )
-        if self.budget:
-            return  # check_budget finds whether these zeros allow it
+        if self.limit:
+            return  # check_limit finds whether these zeros allow it
         network = checkpoints.build_network(self.checkpoint)
         for first in {stage.zeros: stage for stage in (target.ancestors()[0] for target in targets)}.values():
             try:
@@ -175,34 +164,16 @@ class Run:
             except ValueError as error:
                 raise Failure(f"argument --allocation: {error}") from None
 
-    def check_budget(self, targets: list[Stage]) -> None:
-        """Failure when no choice of weights is as cheap as asked for."""
-        if not self.budget:
+    def check_limit(self, targets: list[Stage]) -> None:
+        """Failure when a target cannot keep the limit of the command."""
+        if not self.limit:
             return
         with torch.device("meta"):
             network = models.build(self.args.arch, len(self.images.classes))
         network = checkpoints.build_network(self.checkpoint) if self.checkpoint else network
-        flag, asked, whole = "ms" if self.args.ms else "macs", self.args.ms or self.args.macs, self.whole
-        costs = self.costs(network, self.args.exclude)
         for target in targets:
             if not target.settings["control"]:
-                try:
-                    lowest = budgets.lowest_share(network, self.levels(target), costs, self.args.exclude)
-                except ValueError as error:
-                    raise Failure(f"argument --{flag}: {error}") from None
-                if not lowest <= asked / whole <= 1:
-                    unit = 10 ** max(-4, math.floor(math.log10(whole)) - 5)  # at most six digits
-                    least, most = math.ceil(lowest * whole / unit) * unit, math.floor(whole / unit) * unit
-                    raise Failure(
-                        f"argument --{flag}: with {100 * target.settings['sparsity']:g} % zeros it can be from "
-                        f"{least:g} to {most:g}, not {asked:g}"
-                    )
-
-    def costs(self, network: nn.Module, exclude: Collection[str]) -> dict[str, budgets.Profile]:
-        """What the layers cost by the number of weights they keep, as shares of the dense network's cost."""
-        if self.args.ms:
-            return self.profile.shares(network, exclude)
-        return budgets.mac_profiles(network, self.args.image_size, exclude)
+                self.limit.check(network, self.levels(target), self.args.exclude)
 
     def levels(self, stage: Stage) -> list[int]:
         """The zeros after each level of the schedule that a stage belongs to."""
@@ -213,14 +184,10 @@ class Run:
     def compute_masks(self, stage: Stage, network: nn.Module, zeros: int) -> pruning.Masks:
         """Which weights of a network a stage keeps, at so many zeros."""
         exclude = stage.settings["exclude"].split()
-        if not self.budget or stage.settings["control"]:
+        if not self.limit or stage.settings["control"]:
             return pruning.compute_masks(network, zeros, stage.settings["allocation"], exclude)
-        levels, share = self.levels(stage), (self.args.ms or self.args.macs) / self.whole
-        costs = self.costs(network, exclude)
-        plan = list(zip(levels, budgets.shares(levels, self.weights, share, costs)))
-        share = next(share for level, share in plan if level >= stage.zeros)
-        later = [budget for budget in plan if budget[0] > stage.zeros]
-        return budgets.compute_masks(network, (zeros, share), costs, exclude, later)
+        left = [level for level in self.levels(stage) if level >= stage.zeros]
+        return self.limit.compute_masks(network, zeros, left, exclude)
 
     # --- the weights to rewind to ---
 
@@ -383,5 +350,5 @@ class Run:
             "settings": stage.settings,
             "history": earlier + entries,
             **({"parent": checkpoints.digest(parent["net"])} if parent else {}),
-            **({"predicted_ms": self.profile.predict(network)} if "ms" in stage.settings else {}),
+            **(self.limit.predicted(network) if self.limit and not stage.settings.get("control", True) else {}),
         }

@@ -28,6 +28,11 @@ class Failure(Exception):
         self.code = code
 
 
+def counted(number: int, what: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def printable(text: str) -> str:
     """Text from a file, safe to print: control characters could otherwise command the terminal."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

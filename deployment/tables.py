@@ -12,6 +12,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from deployment.runtimes import BATCH, CALLS, ENGINE, Runtime
+from utils import counted, printable
 
 
 @dataclass
@@ -67,7 +68,7 @@ def runtimes_table(runtimes: list[Runtime], thread_counts: list[int]) -> str:
             row += [figure(runtime.spread(batch, threads), batch) for threads in thread_counts]
         row += [f"{runtime.error:.0e}", "" if runtime.accuracy is None else f"{runtime.accuracy:.2f} %"]
         rows.append(row)
-    counts = [f"{threads} thread{'s' if threads > 1 else ''}" for threads in thread_counts]
+    counts = [counted(threads, "thread") for threads in thread_counts]
     headers = ["checkpoint", "runtime", "nonzeros", "MACs"]
     headers += [f"ms, batch 1\n{count}" for count in counts] + [f"images/s, batch {BATCH}\n{count}" for count in counts]
     headers += ["largest\ndifference", "accuracy"]
@@ -81,12 +82,13 @@ def predictions(found: dict[Path, dict], runtimes: list[Runtime]) -> list[str]:
         checkpoint = found[Path(runtime.checkpoint)]
         if runtime.name == ENGINE and "predicted_ms" in checkpoint:
             measured = ", ".join(
-                f"{1e3 * statistics.median(seconds):.3g} ms ({threads} thread{'s' * (threads > 1)})"
+                f"{1e3 * statistics.median(seconds):.3g} ms ({counted(threads, 'thread')})"
                 for (batch, threads), seconds in runtime.seconds.items()
                 if batch == 1
             )
             name = short_name(runtime.checkpoint, runtimes)
-            lines.append(f"{name}: {checkpoint['predicted_ms']:.3g} ms predicted, measured {measured}")
+            device = f" for {printable(checkpoint['predicted_for'])}" if "predicted_for" in checkpoint else ""
+            lines.append(f"{name}: {checkpoint['predicted_ms']:.3g} ms predicted{device}; measured {measured}")
     return lines
 
 

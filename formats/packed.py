@@ -47,6 +47,7 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a stored weight
 METADATA = (
     "format", "acc", "dense_acc", "pruned_acc", "loss", "zeros", "epoch", "classes", "settings", "history", "mean",
     "std", "test_images", "parent", "fp32_acc", "fp32_loss", "predicted_ms",
+    "predicted_for",
 )  # fmt: skip
 # Limits, so that a few hostile bytes cannot make the reader allocate more than a large network needs.
 MAX_CLASSES = 2**16

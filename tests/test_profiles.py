@@ -117,6 +117,8 @@ def test_a_time_is_kept_by_weights_that_are_cheaper_than_those_of_one_threshold(
         ({"layers": {"conv1": {"kept": ["a", "b"], "ms": [1.0, 2.0]}}}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [1, 5], "ms": [1, 10**400]}}}, "is not a profile"),
         ({"other_ms": 10**400}, "is not a profile"),
+        ({"threads": "2"}, "is not a profile"),
+        ({"device": None}, "is not a profile"),
         ({"other_ms": None}, "is not a profile"),
         ({"other_ms": float("nan")}, "is not a profile"),
     ],
@@ -156,7 +158,9 @@ def test_a_time_is_kept_at_exact_sparsity_and_reported(dense, shot):
     profile = profiles.read(directory / profiles.NAME, network, "resnet20", 16)
     assert 2.2 < profile.predict(network) == checkpoint["predicted_ms"] <= 2.4
     assert checkpoint["settings"]["profile"] == profile.identity
-    assert packed.unpack(packing.pack(checkpoint))["predicted_ms"] == checkpoint["predicted_ms"]
+    assert checkpoint["predicted_for"] == "a board, 1 thread"
+    again = packed.unpack(packing.pack(checkpoint))
+    assert all(again[name] == checkpoint[name] for name in ("predicted_ms", "predicted_for"))
     said = f"{checkpoint['predicted_ms']:.3g} ms predicted"
     assert f", {said} (at most 2.4 ms asked)" in printed and printed.count("asked") == 1
     images = line[1]

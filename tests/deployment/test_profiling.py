@@ -57,10 +57,13 @@ def test_predicted_and_measured_time_stand_in_one_line():
         seconds = {(1, 1): [0.0021, 0.002, 0.003], (64, 1): [0.1], (1, 2): [0.0015]}
         return Runtime(checkpoint, name, 90.0, 1, 1, lambda _: None, lambda x: x, False, seconds=seconds)
 
-    found = {Path("a/ms_ckpt.pth"): {"predicted_ms": 1.98}, Path("a/ckpt.pth"): {}}
+    found = {
+        Path("a/ms_ckpt.pth"): {"predicted_ms": 1.98, "predicted_for": "a board\x1b, 1 thread"},
+        Path("a/ckpt.pth"): {},
+    }
     runtimes = [runtime(str(path), name) for path in found for name in ("PyTorch fp32", ENGINE)]
     assert tables.predictions(found, runtimes) == [
-        "ms_ckpt.pth: 1.98 ms predicted, measured 2.1 ms (1 thread), 1.5 ms (2 threads)"
+        "ms_ckpt.pth: 1.98 ms predicted for a board\\x1b, 1 thread; measured 2.1 ms (1 thread), 1.5 ms (2 threads)"
     ]
 
 
