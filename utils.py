@@ -30,7 +30,7 @@ class Failure(Exception):
 
 def counted(number: int, what: str) -> str:
     """`1 epoch`, `2 epochs`."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from images import pixels
-from utils import Failure
+from utils import Failure, counted
 
 # What operating systems, archives and file servers leave beside images; names with a dot in front count, too.
 SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -126,9 +126,9 @@ def named(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-def counted(names: list[str], what: str, rest: str = "") -> list[str]:
+def with_example(names: list[str], what: str, rest: str) -> list[str]:
     """["3 images of one color, such as NAME"], or nothing of no names."""
-    return [f"{len(names):,} {what}{'s' * (len(names) != 1)} {rest}, such as {names[0]}"] if names else []
+    return [f"{counted(len(names), what)} {rest}, such as {names[0]}"] if names else []
 
 
 def left_out(folder: Path, found: dict[str, Listing]) -> str:
@@ -138,9 +138,9 @@ def left_out(folder: Path, found: dict[str, Listing]) -> str:
     others = [name for listing in listings for name in listing.others]
     closed = [name for listing in listings for name in listing.closed]
     more = [f"{name}/" for name in subfolders(folder) if name not in ("train", "test")]
-    lines = [f"{len(hidden):,} hidden item{'s' * (len(hidden) != 1)}"] if hidden else []
-    lines += counted(others, "file", "without the ending of an image")
-    lines += counted(closed, "image", "in a format that is not read here")
+    lines = [counted(len(hidden), "hidden item")] if hidden else []
+    lines += with_example(others, "file", "without the ending of an image")
+    lines += with_example(closed, "image", "in a format that is not read here")
     lines += [f"{named(more)} beside train/ and test/"] if more else []
     return ", ".join(lines)
 
@@ -162,8 +162,8 @@ def warnings_about(found: dict[str, Listing], digests: list[bytes], uniform: lis
         path, label, _ = samples[both[0][0]]
         other = next(samples[index][0] for index in both[0] if samples[index][1] != label)
         examples = [f"{path}, which equals {other}"] * len(both)
-        lines += counted(examples, "image", "in two classes")
+        lines += with_example(examples, "image", "in two classes")
     trained = {digest for digest, (_, _, part) in zip(digests, samples) if part == "train"}
     seen = [path for digest, (path, _, part) in zip(digests, samples) if part == "test" and digest in trained]
-    lines += counted(seen, "test image", "that the training images have, too")
-    return lines + counted([samples[index][0] for index in uniform], "image", "of one single color")
+    lines += with_example(seen, "test image", "that the training images have, too")
+    return lines + with_example([samples[index][0] for index in uniform], "image", "of one single color")
