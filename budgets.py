@@ -4,8 +4,12 @@ Global magnitude pruning spares the early layers, whose weights are multiplied m
 w^2 - lambda * cost is above one threshold over all layers. lambda is found by bisection, the smallest for which the
 network fits the budget; lambda = 0 is global magnitude pruning. For the cost that it attains the choice is optimal:
 no other with as many zeros and no higher cost removes less squared magnitude (Everett, Generalized Lagrange
-multiplier method, 1963). Every layer keeps its largest weight. Where the costs of a layer are not convex, the choice is
-optimal for the sum of its prices, which are: it fits the budget, and another that fits may remove less.
+multiplier method, 1963). Every layer keeps its largest weight.
+
+The time of a layer is not a convex function of its weights: an engine computes a layer that kept many with all of
+them, and then another weight costs nothing. Such a layer has either a price for each weight, or one price for all that
+are above the threshold, whichever is better for the same lambda and threshold. The choice fits the budget; a better one
+may exist.
 """
 
 import math
@@ -40,10 +44,14 @@ class Profile:
 
     def __post_init__(self) -> None:
         if not self.prices:
-            object.__setattr__(self, "prices", tuple(np.diff(self.cost) / np.diff(self.kept)))
+            object.__setattr__(self, "prices", self.slopes)
         rising = self.kept[0] == 0 and min(np.diff(self.kept)) > 0
         if not rising or min(self.prices) < 0 or any(np.diff(self.prices) < 0):
             raise ValueError("the costs of a layer must be a convex function that does not fall")
+
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        return tuple(np.diff(self.cost) / np.diff(self.kept))
 
     def at(self, kept: int) -> float:
         """The cost with so many weights."""
@@ -123,6 +131,10 @@ def compute_masks(
         )
 
     kept = _fit(layers, weights - budget[0], fits)
+    if not later and any(layer.profile.prices != layer.profile.slopes for layer in layers):
+        for layer in layers:
+            layer.has_whole_price = True
+        kept = max(kept, _fit(layers, weights - budget[0], fits), key=lambda kept: _squares(layers, kept))
     return {layer.name: layer.mask(count) for layer, count in zip(layers, kept)}
 
 
@@ -157,6 +169,7 @@ class _Layer:
         self.least = min(1, self.available)
         self.starts = [min(max(point, self.least), self.available) for point in profile.kept]
         self.prices = profile.prices
+        self.has_whole_price = False  # whether the layer may be kept at what its weights cost together
 
     @cached_property
     def sorted(self) -> tuple[np.ndarray, Tensor]:
@@ -164,7 +177,23 @@ class _Layer:
         squares, order = self.weight.detach().cpu().double().flatten().square().sort(descending=True, stable=True)
         return -squares[: self.available].numpy(), order
 
+    @cached_property
+    def squares(self) -> np.ndarray:
+        """(n + 1,) the sum of w^2 of so many of the largest weights."""
+        return np.concatenate([[0.0], np.cumsum(-self.sorted[0])])
+
     def count(self, price: float, threshold: float) -> int:
+        """How many weights to keep at this price of a unit of cost."""
+        kept = self.above(price, threshold)
+        if self.has_whole_price:
+            return max(kept, self.above(0.0, threshold), key=lambda count: self.value(count, price, threshold))
+        return kept
+
+    def value(self, kept: int, price: float, threshold: float) -> float:
+        """What so many of the largest weights are worth: their squares, less what they cost and displace."""
+        return self.squares[kept] - price * self.profile.at(kept) - threshold * kept
+
+    def above(self, price: float, threshold: float) -> int:
         """How many weights are above the threshold, at this price of a unit of cost. Costs rise with the rank and
         magnitudes fall, so these are the largest."""
         for start, end, each in zip(self.starts, self.starts[1:], self.prices):
@@ -177,6 +206,10 @@ class _Layer:
         kept = torch.zeros(self.size, dtype=torch.bool)
         kept[self.sorted[1][:count]] = True
         return kept.view(self.weight.shape)
+
+
+def _squares(layers: list[_Layer], kept: list[int]) -> float:
+    return sum(float(layer.squares[count]) for layer, count in zip(layers, kept))
 
 
 def _cost(layers: list[_Layer], kept: list[int], last: bool = True) -> float:
@@ -198,7 +231,7 @@ def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:
         low, high = (middle, high) if sum(kept) > keep else (low, middle)
     kept = [layer.count(price, high) for layer in layers]
     for index, layer in enumerate(layers):  # ties at the threshold, by position
-        kept[index] += min(layer.count(price, low) - kept[index], keep - sum(kept))
+        kept[index] += max(0, min(layer.count(price, low) - kept[index], keep - sum(kept)))
     return kept
 
 
