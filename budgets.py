@@ -57,15 +57,6 @@ class Profile:
         """The cost with so many weights."""
         return float(np.interp(kept, self.kept, self.cost))
 
-    def convex(self, kept: int) -> float:
-        """What the prices of so many weights add up to: the cost itself where the prices are its slopes."""
-        return float(np.interp(kept, self.kept, self._convex))
-
-    @cached_property
-    def _convex(self) -> np.ndarray:
-        rises = np.cumsum([0.0, *np.multiply(self.prices, np.diff(self.kept))])
-        return np.maximum(0.0, self.cost[1] - rises[1] + rises)
-
 
 def mac_profiles(network: nn.Module, image_size: int, exclude: Collection[str] = ()) -> dict[str, Profile]:
     """Multiply-adds of each prunable layer, as shares of those of the whole dense network for one image.
@@ -84,19 +75,12 @@ def mac_profiles(network: nn.Module, image_size: int, exclude: Collection[str] =
     return profiles
 
 
-def shares(levels: Sequence[int], weights: int, share: float, profiles: dict[str, Profile]) -> list[float]:
+def shares(levels: Sequence[int], weights: int, share: float) -> list[float]:
     """The budget of each level of iterative pruning, for `share` at the last: density^a, with the a that fits there.
 
-    `levels` are zeros of `weights` weights. Budgets before the last are of the convex cost, which falls with every
-    weight. One-shot pruning is the schedule with one level.
+    `levels` are zeros of `weights` weights. One-shot pruning is the schedule with one level.
     """
-    whole, last = _whole(profiles), levels[-1]
-    return [whole * (share / whole) ** _steps(zeros, last, weights) for zeros in levels[:-1]] + [share]
-
-
-def _whole(profiles: dict[str, Profile]) -> float:
-    """The convex cost of all weights, or the share of 1 where that is more."""
-    return max(1.0, sum(profile.convex(profile.kept[-1]) for profile in profiles.values()))
+    return [share ** _steps(zeros, levels[-1], weights) for zeros in levels]
 
 
 def _steps(zeros: int, last: int, weights: int) -> float:
@@ -125,13 +109,12 @@ def compute_masks(
     weights = sum(layer.size for layer in layers)
 
     def fits(kept: list[int]) -> bool:
-        return _cost(layers, kept, not later) <= budget[1] + ROUNDING and all(
-            _cost(layers, _cheapest(layers, weights - zeros, kept), zeros == later[-1][0]) <= cost + ROUNDING
-            for zeros, cost in later
+        return _cost(layers, kept) <= budget[1] + ROUNDING and all(
+            _cost(layers, _cheapest(layers, weights - zeros, kept)) <= cost + ROUNDING for zeros, cost in later
         )
 
     kept = _fit(layers, weights - budget[0], fits)
-    if not later and any(layer.profile.prices != layer.profile.slopes for layer in layers):
+    if any(layer.profile.prices != layer.profile.slopes for layer in layers):
         for layer in layers:
             layer.has_whole_price = True
         kept = max(kept, _fit(layers, weights - budget[0], fits), key=lambda kept: _squares(layers, kept))
@@ -152,11 +135,10 @@ def lowest_share(
         raise ValueError(f"cannot have {levels[0]} zeros: {pruned} weights are zero already")
     if levels[-1] > most:
         raise ValueError(f"cannot have {levels[-1]} zeros: every layer keeps a weight, so at most {most}")
-    whole, lowest = _whole(profiles), []
-    for zeros in levels:
-        cost = _cost(layers, _cheapest(layers, weights - zeros), zeros == levels[-1])
-        lowest.append(whole * (cost / whole) ** (1 / _steps(zeros, levels[-1], weights)))
-    return max(lowest)
+    return max(
+        _cost(layers, _cheapest(layers, weights - zeros)) ** (1 / _steps(zeros, levels[-1], weights))
+        for zeros in levels
+    )
 
 
 class _Layer:
@@ -212,9 +194,8 @@ def _squares(layers: list[_Layer], kept: list[int]) -> float:
     return sum(float(layer.squares[count]) for layer, count in zip(layers, kept))
 
 
-def _cost(layers: list[_Layer], kept: list[int], last: bool = True) -> float:
-    """The cost, or before the last level the convex one."""
-    return sum(layer.profile.at(count) if last else layer.profile.convex(count) for layer, count in zip(layers, kept))
+def _cost(layers: list[_Layer], kept: list[int]) -> float:
+    return sum(layer.profile.at(count) for layer, count in zip(layers, kept))
 
 
 def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:

@@ -24,12 +24,17 @@ class Limit:
     `costs` returns the cost of each layer by the number of weights it keeps, as shares of `dense`. It gets the network
     and the names of the layers that stay dense. `settings` are what results depend on; `predicted` returns what files
     say about the cost of a network.
+
+    Where the cost falls with every weight (`of_levels`) each level of iterative pruning has a limit of its own. A time
+    does not: layers with many weights take as long as dense ones, and could only be faster without any. There the last
+    level is planned on the dense network, and the others approach it.
     """
 
     flag: str
     asked: float
     dense: float
     settings: dict[str, Any]
+    of_levels: bool
     costs: Callable[[nn.Module, Collection[str]], dict[str, budgets.Profile]]
     predicted: Callable[[nn.Module], dict[str, Any]] = field(default=lambda _network: {})
 
@@ -37,7 +42,7 @@ class Limit:
         """Failure when pruning to so many zeros, one level after the other, cannot keep the limit."""
         costs = self.costs(network, exclude)
         try:
-            lowest = budgets.lowest_share(network, levels, costs, exclude)
+            lowest = budgets.lowest_share(network, levels if self.of_levels else levels[-1:], costs, exclude)
         except ValueError as error:
             raise Failure(f"argument --{self.flag}: {error}") from None
         if not lowest <= self.asked / self.dense <= 1:
@@ -48,12 +53,16 @@ class Limit:
             raise Failure(f"argument --{self.flag}: {limits}, not {self.asked:g}")
 
     def compute_masks(
-        self, network: nn.Module, zeros: int, levels: Sequence[int], exclude: Collection[str]
+        self, dense: nn.Module, network: nn.Module, zeros: int, levels: Sequence[int], exclude: Collection[str]
     ) -> pruning.Masks:
         """Masks with exactly `zeros` pruned weights, for the first of the levels that are left of a schedule."""
-        costs = self.costs(network, exclude)
-        shares = budgets.shares(levels, _weights(network, exclude), self.asked / self.dense, costs)
-        return budgets.compute_masks(network, (zeros, shares[0]), costs, exclude, list(zip(levels, shares))[1:])
+        share = self.asked / self.dense
+        if self.of_levels:
+            first, *later = zip(levels, budgets.shares(levels, _weights(network, exclude), share))
+            costs = self.costs(network, exclude)
+            return budgets.compute_masks(network, (zeros, first[1]), costs, exclude, later)
+        final = budgets.compute_masks(dense, (levels[-1], share), self.costs(dense, exclude), exclude)
+        return pruning.approach(network, final, zeros)
 
 
 def of(args: argparse.Namespace, network: nn.Module) -> Limit | None:
@@ -63,12 +72,12 @@ def of(args: argparse.Namespace, network: nn.Module) -> Limit | None:
         def costs(network: nn.Module, exclude: Collection[str]) -> dict[str, budgets.Profile]:
             return budgets.mac_profiles(network, args.image_size, exclude)
 
-        return Limit("macs", args.macs, 1.0, {"macs": args.macs}, costs)
+        return Limit("macs", args.macs, 1.0, {"macs": args.macs}, True, costs)
     if args.ms:
         path = args.profile or args.checkpoint_dir / profiles.NAME
         profile = profiles.read(path, network, args.arch, args.image_size)
         settings = {"ms": args.ms, "profile": profile.identity}
-        return Limit("ms", args.ms, profile.dense_ms, settings, profile.shares, profile.predicted)
+        return Limit("ms", args.ms, profile.dense_ms, settings, False, profile.shares, profile.predicted)
     return None
 
 

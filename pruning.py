@@ -5,6 +5,7 @@ the weight is pruned. Masks live beside the network, never in it: the network th
 has its ordinary parameters. A weight that is zero counts as pruned, so masks can be read off a network.
 """
 
+import math
 from collections.abc import Callable, Collection
 
 import torch
@@ -87,14 +88,37 @@ def compute_masks(network: nn.Module, zeros: int, allocation: str = "global", ex
     scores = {name: _scores(magnitude.flatten(), magnitude.shape, allocation) for name, magnitude in magnitudes.items()}
     for name in _dense_layers(network, allocation) & scores.keys():
         scores[name].fill_(torch.inf)
-    kept = torch.ones(sum(map(len, scores.values())), dtype=torch.bool)
-    kept[torch.cat(list(scores.values())).argsort(stable=True)[:zeros]] = False
-    chosen = kept.split([len(score) for score in scores.values()])
-    new = {name: keep.view(mask.shape) for (name, mask), keep in zip(masks.items(), chosen)}
+    new = _above_threshold(scores, zeros, masks)
     for name, mask in masks.items():
         if revived := int((new[name] & ~mask).sum()):
             raise ValueError(f"allocation {allocation} would have to revive {revived} pruned weights of {name}")
     return new
+
+
+def approach(network: nn.Module, final: Masks, zeros: int) -> Masks:
+    """Masks with exactly `zeros` pruned weights on the way to as many in each layer as `final` keeps, at least one.
+
+    The density of each layer is its final one to the same power. Within a layer the smallest magnitudes are pruned.
+    Weights that are zero already stay pruned and count.
+    """
+    scores = {}
+    for name, mask in final.items():
+        magnitude = network.get_parameter(name).detach().cpu().contiguous().flatten().abs()
+        order = magnitude.sort(descending=True, stable=True).indices
+        rank = torch.arange(len(magnitude), dtype=torch.float64) + 0.5
+        # The power at which the density is the rank over the size; above 1 for the weights that are kept to the end.
+        powers = (len(magnitude) / rank).log() / max(math.log(len(magnitude) / int(mask.sum())), 1e-12)
+        scores[name] = torch.empty_like(powers).scatter_(0, order, powers)
+        scores[name][magnitude == 0] = -torch.inf
+    return _above_threshold(scores, zeros, final)
+
+
+def _above_threshold(scores: dict[str, Tensor], zeros: int, masks: Masks) -> Masks:
+    """Masks in the shapes of `masks` that prune the `zeros` lowest of the (n,) scores of all layers."""
+    kept = torch.ones(sum(map(len, scores.values())), dtype=torch.bool)
+    kept[torch.cat(list(scores.values())).argsort(stable=True)[:zeros]] = False
+    chosen = kept.split([len(score) for score in scores.values()])
+    return {name: keep.view(masks[name].shape) for name, keep in zip(scores, chosen)}
 
 
 def _scores(magnitude: Tensor, shape: torch.Size, allocation: str) -> Tensor:

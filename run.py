@@ -186,8 +186,10 @@ class Run:
         exclude = stage.settings["exclude"].split()
         if not self.limit or stage.settings["control"]:
             return pruning.compute_masks(network, zeros, stage.settings["allocation"], exclude)
+        assert self.checkpoint is not None
+        dense = checkpoints.build_network(self.checkpoint)
         left = [level for level in self.levels(stage) if level >= stage.zeros]
-        return self.limit.compute_masks(network, zeros, left, exclude)
+        return self.limit.compute_masks(dense, network, zeros, left, exclude)
 
     # --- the weights to rewind to ---
 

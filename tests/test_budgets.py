@@ -121,7 +121,7 @@ def test_no_level_takes_what_later_levels_need(sparsity, factor):
     weights = sum(weight.numel() for weight in pruning.prunable(network).values())
     levels = pruning.schedule(weights, sparsity, 0.2)
     share = factor * budgets.lowest_share(network, levels, profiles)
-    plan = list(zip(levels, budgets.shares(levels, weights, share, profiles)))
+    plan = list(zip(levels, budgets.shares(levels, weights, share)))
     assert plan[-1] == (levels[-1], share)
     exponent = math.log(share) / math.log(1 - sparsity)
     assert plan[0][1] == pytest.approx((1 - levels[0] / weights) ** exponent, rel=1e-3)
@@ -165,21 +165,6 @@ def test_a_layer_is_kept_at_what_it_costs_as_a_whole_where_that_removes_less():
             assert found == pytest.approx(min(every))
             better += kept[0] > 25
     assert better > 4, "the case is not tested"
-
-
-def test_levels_do_not_empty_layers_that_the_last_one_keeps():
-    """With many weights the engine takes as long as with all: a budget of time for the first levels could only be kept
-    by layers without weights."""
-    network, profiles = flat(0)
-    assert [profiles["1.weight"].convex(kept) for kept in (0, 50, 400)] == pytest.approx([0, 0.35, 2.8])
-    levels = pruning.schedule(500, 0.9, 0.3)
-    lowest = budgets.lowest_share(network, levels[-1:], profiles)
-    assert budgets.lowest_share(network, levels, profiles) == lowest == pytest.approx(0.355)
-    plan = list(zip(levels, budgets.shares(levels, 500, 0.4, profiles)))
-    for index, budget in enumerate(plan):
-        masks = budgets.compute_masks(network, budget, profiles, later=plan[index + 1 :])
-        pruning.apply(network, masks)
-    assert [int(mask.sum()) for mask in masks.values()] == [10, 40], "0.4 in all, by the prices of their weights"
 
 
 def test_a_target_without_zeros_costs_what_the_dense_network_costs():

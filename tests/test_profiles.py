@@ -168,6 +168,18 @@ def test_a_time_is_kept_at_exact_sparsity_and_reported(dense, shot):
     assert f"{name}: {said}, at most 2.4 ms asked" in printed
 
 
+def test_steps_end_with_as_many_weights_in_each_layer_as_pruning_at_once(dense):
+    directory, line = dense
+    succeed("main.py", *line, "-pr", "0.8", "-shot", "single", "iter", "--ms", "2.4")
+    single, steps = (
+        pruning.count_zeros(
+            checkpoints.build_network(checkpoints.load_checkpoint(directory / f"80percent_{mode}_ms2.4_ckpt.pth"))
+        )
+        for mode in ("single", "iter")
+    )
+    assert single == steps and len({zeros / weights for zeros, weights in single.values()}) > 5
+
+
 def test_a_result_belongs_to_its_profile(dense, tmp_path):
     directory, line = dense
     command = ("main.py", *line, "-pr", "0.8", "-shot", "single", "--ms", "2.5")

@@ -1,6 +1,8 @@
 """Which weights are pruned, how many, and that they stay pruned."""
 
+import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -361,6 +363,30 @@ def test_an_allocation_takes_zeros_that_fit_its_shares():
 
 
 # --- They stay pruned ----------------------------------------------------------------------------------------------
+
+
+def test_layers_approach_their_densities_in_equal_powers():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(30, 20, bias=False), nn.Linear(10, 10, bias=False))
+    dense = copy.deepcopy(network)
+    goals = {"0.weight": 1, "1.weight": 240, "2.weight": 100}
+    final = {}
+    for name, weight in pruning.prunable(network).items():
+        kept = torch.zeros(weight.numel(), dtype=torch.bool)
+        kept[weight.detach().abs().flatten().argsort(descending=True)[: goals[name]]] = True
+        final[name] = kept.view(weight.shape)
+    before = {name: weight != 0 for name, weight in pruning.prunable(network).items()}
+    for zeros in (100, 300, 500, 700, 759):
+        masks = pruning.approach(network, final, zeros)
+        kept = [int(mask.sum()) for mask in masks.values()]
+        assert sum(kept) == 1100 - zeros
+        assert all(bool((before[name] | ~mask).all()) for name, mask in masks.items()), "a weight was revived"
+        powers = [math.log(kept[0] / 400) / math.log(1 / 400), math.log(kept[1] / 600) / math.log(240 / 600)]
+        assert powers[0] == pytest.approx(powers[1], abs=0.05) and kept[2] == 100
+        pruning.apply(network, masks)
+        before = masks
+    assert all(torch.equal(masks[name], final[name]) for name in final)
+    assert all(torch.equal(pruning.approach(dense, final, 759)[name], final[name]) for name in final)
 
 
 def test_applying_masks_touches_only_weights_of_convolutions_and_linear_layers():
