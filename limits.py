@@ -25,7 +25,7 @@ class Limit:
     and the names of the layers that stay dense. `settings` are what results depend on; `predicted` returns what files
     say about the cost of a network.
 
-    Where the cost falls with every weight (`of_levels`) each level of iterative pruning has a limit of its own. A time
+    Where the cost falls with every weight (`each_level`) each level of iterative pruning has a limit of its own. A time
     does not: layers with many weights take as long as dense ones, and could only be faster without any. There the last
     level is planned on the dense network, and the others approach it.
     """
@@ -34,7 +34,7 @@ class Limit:
     asked: float
     dense: float
     settings: dict[str, Any]
-    of_levels: bool
+    each_level: bool
     costs: Callable[[nn.Module, Collection[str]], dict[str, budgets.Profile]]
     predicted: Callable[[nn.Module], dict[str, Any]] = field(default=lambda _network: {})
 
@@ -42,7 +42,7 @@ class Limit:
         """Failure when pruning to so many zeros, one level after the other, cannot keep the limit."""
         costs = self.costs(network, exclude)
         try:
-            lowest = budgets.lowest_share(network, levels if self.of_levels else levels[-1:], costs, exclude)
+            lowest = budgets.lowest_share(network, levels if self.each_level else levels[-1:], costs, exclude)
         except ValueError as error:
             raise Failure(f"argument --{self.flag}: {error}") from None
         if not lowest <= self.asked / self.dense <= 1:
@@ -57,7 +57,7 @@ class Limit:
     ) -> pruning.Masks:
         """Masks with exactly `zeros` pruned weights, for the first of the levels that are left of a schedule."""
         share = self.asked / self.dense
-        if self.of_levels:
+        if self.each_level:
             first, *later = zip(levels, budgets.shares(levels, _weights(network, exclude), share))
             costs = self.costs(network, exclude)
             return budgets.compute_masks(network, (zeros, first[1]), costs, exclude, later)
