@@ -7,7 +7,8 @@
 Measured: docs/allocations.md has a table and the figure, with commands and hardware.
 
 A round times one image in every network of all directories, in the opposite order of the round before. Figures are
-medians over the rounds, then means over the directories, with the standard deviation as bars.
+medians over the rounds, then means over the directories, with the standard deviation as bars. Over one directory bars
+are the 95 % interval of the accuracy, which says nothing about other seeds.
 """
 
 import argparse
@@ -100,6 +101,7 @@ def summarize(rows: list[dict]) -> list[dict]:
     for same in groups.values():
         way = "dense" if same[0]["mode"] == "dense" else re.sub(r"[\d.]+$", "", same[0]["allocation"])
         line = {"file": same[0]["file"], "way": way, "seeds": len(same)}
+        line["accuracy margin"] = statistics.mean(float(row["accuracy_margin"]) for row in same)
         for column in ("sparsity", "accuracy", "drop", *AXES):
             values = [float(row[column]) for row in same if row[column] != ""]
             line[column] = statistics.mean(values) if values else None
@@ -123,7 +125,7 @@ def figure(lines: list[dict]) -> bytes:
             axes.axhline(dense["accuracy"], color="0.4", linestyle="--", label=f"dense, {dense['accuracy']:.2f} %")
         for color, way in enumerate(ways):
             mine = sorted((line for line in lines if line["way"] == way), key=lambda line: line[x])
-            xs, ys, bars = zip(*((line[x], line["accuracy"], line["accuracy std"] or 0) for line in mine))
+            xs, ys, bars = zip(*((line[x], line["accuracy"], line["accuracy std"] or line["accuracy margin"]) for line in mine))
             label = {"macs": "--macs", "ms": "--ms"}.get(way, way)
             axes.errorbar(xs, ys, bars, fmt="-o", color=f"C{color}", capsize=3, label=label)
             for line in mine:
