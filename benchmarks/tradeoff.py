@@ -125,7 +125,9 @@ def figure(lines: list[dict]) -> bytes:
             axes.axhline(dense["accuracy"], color="0.4", linestyle="--", label=f"dense, {dense['accuracy']:.2f} %")
         for color, way in enumerate(ways):
             mine = sorted((line for line in lines if line["way"] == way), key=lambda line: line[x])
-            xs, ys, bars = zip(*((line[x], line["accuracy"], line["accuracy std"] or line["accuracy margin"]) for line in mine))
+            xs, ys, bars = zip(
+                *((line[x], line["accuracy"], line["accuracy std"] or line["accuracy margin"]) for line in mine)
+            )
             label = {"macs": "--macs", "ms": "--ms"}.get(way, way)
             axes.errorbar(xs, ys, bars, fmt="-o", color=f"C{color}", capsize=3, label=label)
             for line in mine:
