@@ -96,7 +96,7 @@ def compute_masks(network: nn.Module, zeros: int, allocation: str = "global", ex
 
 
 def approach(network: nn.Module, final: Masks, zeros: int) -> Masks:
-    """Masks with exactly `zeros` pruned weights on the way to as many in each layer as `final` keeps, at least one.
+    """Masks with exactly `zeros` pruned weights, on the way to as many weights in each layer as `final` keeps.
 
     The density of each layer is its final one to the same power. Within a layer the smallest magnitudes are pruned.
     Weights that are zero already stay pruned and count.
@@ -106,8 +106,9 @@ def approach(network: nn.Module, final: Masks, zeros: int) -> Masks:
         magnitude = network.get_parameter(name).detach().cpu().contiguous().flatten().abs()
         order = magnitude.sort(descending=True, stable=True).indices
         rank = torch.arange(len(magnitude), dtype=torch.float64) + 0.5
+        goal = max(1, int(mask.sum()))  # a layer that was zero before pruning keeps nothing
         # The power at which the density is the rank over the size; above 1 for the weights that are kept to the end.
-        powers = (len(magnitude) / rank).log() / max(math.log(len(magnitude) / int(mask.sum())), 1e-12)
+        powers = (len(magnitude) / rank).log() / max(math.log(len(magnitude) / goal), 1e-12)
         scores[name] = torch.empty_like(powers).scatter_(0, order, powers)
         scores[name][magnitude == 0] = -torch.inf
     return _above_threshold(scores, zeros, final)

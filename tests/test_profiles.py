@@ -221,6 +221,18 @@ def test_a_dense_network_with_zeros_that_the_time_does_not_allow_is_refused_for_
     assert done.returncode == 2 and "argument --ms: with 80 % zeros it can be from " in done.stderr
 
 
+def test_a_dense_network_with_a_layer_of_zeros_is_pruned_to_a_time(dense, tmp_path):
+    directory, line = dense
+    checkpoint = checkpoints.load_checkpoint(directory / "ckpt.pth")
+    net = {name: value.clone() for name, value in checkpoint["net"].items()}
+    net["layer1.0.conv1.weight"].zero_()
+    checkpoints.save(tmp_path / "ckpt.pth", checkpoint | {"net": net, "zeros": 2304})
+    profile = ("--checkpoint-dir", tmp_path, "--profile", directory / profiles.NAME)
+    printed = succeed("main.py", *line, *profile, "-pr", "0.8", "-shot", "single", "iter", "--ms", "2.4")
+    assert printed.count("sparsity 80.00 %") == 3  # the last step's, too
+    assert printed.count("at most 2.4 ms asked") == 2
+
+
 def test_a_missing_profile_is_named(images, tmp_path):
     done = call("main.py", "--dataset", images, "--checkpoint-dir", tmp_path, *SMALL, "-pr", "0.5", "-shot", "single",
                 "--ms", "1")  # fmt: skip

@@ -362,9 +362,6 @@ def test_an_allocation_takes_zeros_that_fit_its_shares():
     assert zeros_of(pruning.compute_masks(net, 800, "erk")) == [200] * 4
 
 
-# --- They stay pruned ----------------------------------------------------------------------------------------------
-
-
 def test_layers_approach_their_densities_in_equal_powers():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(30, 20, bias=False), nn.Linear(10, 10, bias=False))
@@ -387,6 +384,19 @@ def test_layers_approach_their_densities_in_equal_powers():
         before = masks
     assert all(torch.equal(masks[name], final[name]) for name in final)
     assert all(torch.equal(pruning.approach(dense, final, 759)[name], final[name]) for name in final)
+
+
+def test_a_layer_that_is_zero_already_approaches_nothing():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(20, 20, bias=False))
+    nn.init.zeros_(network[0].weight)
+    final = pruning.compute_masks(network, 450)
+    for zeros in (100, 300, 450):
+        masks = pruning.approach(network, final, zeros)
+        assert [int(mask.sum()) for mask in masks.values()] == [0, 500 - zeros]
+
+
+# --- They stay pruned ----------------------------------------------------------------------------------------------
 
 
 def test_applying_masks_touches_only_weights_of_convolutions_and_linear_layers():
