@@ -90,10 +90,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=utils.fraction,
         default=0.11,
         metavar="FRACTION",
-        help="iter: of the weights left, pruned per step",
+        help="iter: fraction of the weights left that each step prunes",
     )
     epochs("--step-epochs", default=5, help="iter: epochs after each step")
-    epochs("--final-epochs", default=100, help="iter: epochs after the last step's")
+    epochs("--final-epochs", default=100, help="iter: epochs of the final training, after the last step")
     add(
         "--retrain",
         choices=("distilled", "plain"),
@@ -117,11 +117,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--epochs", type=utils.count, default=200, metavar="N", help="epochs of the dense network")
     add("--lr", type=utils.positive_float, default=0.1, help="highest learning rate")
-    add("--batch-size", type=utils.count, default=128, metavar="N", help="images per step")
-    add("--seed", type=utils.seed, default=0, help="of initial weights, order and augmentation of the images")
+    add("--batch-size", type=utils.count, default=128, metavar="N", help="images per optimizer step")
+    add("--seed", type=utils.seed, default=0, help="seed of initial weights, image order and augmentation")
     images = utils.add_data_arguments(parser, "cifar10", 32)
     images.add_argument("--no-flip", action="store_true", help="never mirror training images: for letters and digits")
-    utils.add_device_arguments(parser, "of training; auto is bf16 where the processor has it")
+    utils.add_device_arguments(parser, "number format of training; auto is bf16 where the hardware has it, else fp32")
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint-dir", type=utils.directory, default=Path("checkpoint"), metavar="DIR", help="where results go")
     add("-r", "--resume", action="store_true", help="accepted and not needed: the same command always resumes")

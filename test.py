@@ -52,12 +52,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=utils.directory,
         nargs="+",
         metavar="DIR",
-        help="what to report (default: checkpoint); over several, runs with other seeds, also mean and deviation",
+        help="directories to report (default: checkpoint); with one for each seed, also mean and standard deviation",
     )
     parser.add_argument("--layers", action="store_true", help="also print sparsity and MACs of each layer")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     utils.add_data_arguments(parser, None, None)
-    utils.add_device_arguments(parser, "of the measurement; auto is fp32, in which main.py measures too")
+    utils.add_device_arguments(parser, "number format of the measurement; auto is fp32, in which main.py measures too")
     args = parser.parse_args(argv)
     if args.files and args.checkpoint_dir:
         parser.error("name files or --checkpoint-dir, not both")

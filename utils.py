@@ -191,13 +191,13 @@ def add_data_arguments(
         help="hold out this fraction of the training images and measure on them, never on the test images"
         + ("; 0 measures the test images after all" if size is None else ""),
     )
-    default = "those of the training images" if size else "for files that have none of their own"
+    default = "default: those of the training images" if size else "only for files that have none of their own"
     group.add_argument(
         "--mean",
         nargs=3,
         type=number(float, lambda value: 0 <= value <= 1, "a fraction from 0 to 1"),
         metavar=("R", "G", "B"),
-        help=f"images are normalized by this mean of each channel, a fraction of full scale (default: {default})",
+        help=f"images are normalized by this mean of each channel, a fraction of full scale ({default})",
     )
     group.add_argument(
         "--std",
@@ -215,7 +215,9 @@ def add_device_arguments(parser: argparse.ArgumentParser, precision: str) -> Non
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     group.add_argument(
-        "--deterministic", action="store_true", help="the same bits on a GPU, too, where it is slower; a CPU always is"
+        "--deterministic",
+        action="store_true",
+        help="make two runs on a GPU equal bit for bit, which is slower; on a CPU they always are",
     )
 
 
