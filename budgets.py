@@ -1,17 +1,20 @@
 """Prune within a budget of multiply-adds or of time, at an exact number of zeros.
 
-Global magnitude pruning spares the early layers, whose weights are multiplied most often. Here a weight is kept if
-w^2 - lambda * cost is above one threshold over all layers. lambda is found by bisection, the smallest for which the
-network fits the budget; lambda = 0 is global magnitude pruning. For the cost that it attains the choice is optimal:
-no other with as many zeros and no higher cost removes less squared magnitude (Everett, Generalized Lagrange
-multiplier method, 1963). Every layer keeps its largest weight.
+Global magnitude pruning spares the early layers, whose weights are multiplied most often. Here each layer keeps its
+largest weights, as many as are worth most: their squares, less lambda times what they cost together, less a threshold
+for each. One lambda and one threshold hold for all layers. The threshold gives the number of zeros. lambda is found by
+bisection, the smallest for which the network fits the budget; lambda = 0 is global magnitude pruning. For the cost that
+it attains such a choice is optimal: no other with as many zeros and no higher cost removes less squared magnitude
+(Everett, Generalized Lagrange multiplier method, 1963). Every layer keeps its largest weight.
 
-The time of a layer is not a convex function of its weights: an engine computes a layer that kept many with all of
-them, and then another weight costs nothing. Such a layer has either a price for each weight, or one price for all that
-are above the threshold, whichever is better for the same lambda and threshold. The choice fits the budget; a better one
-may exist.
+Where each weight of a layer costs the same, as with multiply-adds, that is one threshold over w^2 - lambda * cost. The
+time of a layer is another function of its weights: an engine computes a layer that kept many with all of them, and then
+one weight more costs nothing. As the threshold falls, such a layer keeps many weights more at once, so a number of
+zeros between needs another threshold inside the pieces of the functions. That fits the budget; a better choice may
+exist.
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -25,33 +28,23 @@ import pruning
 from pruning import Masks
 
 BISECTIONS = 200
-HIGHEST_PRICE = 1e30
 ROUNDING = 1e-9  # of shares of multiply-adds, which are sums of fractions
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a layer costs by the number of weights it keeps: a piecewise linear function.
+    """What a layer costs by the number of weights it keeps: a piecewise linear function that does not fall.
 
-    `kept` (points,) rises from 0 to the layer's number of weights, `cost` (points,) are the costs there. `prices`
-    (points - 1,) are what the choice takes one more weight to cost in each piece, by default the slopes of `cost`.
-    Raises ValueError where a price is negative or falls: a larger weight would then be pruned before a smaller one.
+    `kept` (points,) rises from 0 to the layer's number of weights, `cost` (points,) are the costs there. ValueError
+    for other functions.
     """
 
     kept: tuple[int, ...]
     cost: tuple[float, ...]
-    prices: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.prices:
-            object.__setattr__(self, "prices", self.slopes)
-        rising = self.kept[0] == 0 and min(np.diff(self.kept)) > 0
-        if not rising or min(self.prices) < 0 or any(np.diff(self.prices) < 0):
-            raise ValueError("the costs of a layer must be a convex function that does not fall")
-
-    @property
-    def slopes(self) -> tuple[float, ...]:
-        return tuple(np.diff(self.cost) / np.diff(self.kept))
+        if self.kept[0] != 0 or min(np.diff(self.kept)) <= 0 or min(np.diff(self.cost)) < 0:
+            raise ValueError("the cost of a layer must not fall with the number of its weights")
 
     def at(self, kept: int) -> float:
         """The cost with so many weights."""
@@ -104,8 +97,7 @@ def compute_masks(
     are zero already stay pruned and count. Ties break by position. Raises ValueError as `lowest_share`, and when
     nothing fits.
     """
-    layers = [_Layer(name, weight, profiles[name]) for name, weight in pruning.prunable(network, exclude).items()]
-    lowest_share(network, [budget[0]], profiles, exclude)
+    layers = _layers(network, [budget[0]], profiles, exclude)
     weights = sum(layer.size for layer in layers)
 
     def fits(kept: list[int]) -> bool:
@@ -113,11 +105,7 @@ def compute_masks(
             _cost(layers, _cheapest(layers, weights - zeros, kept)) <= cost + ROUNDING for zeros, cost in later
         )
 
-    kept = _fit(layers, weights - budget[0], fits)
-    if any(layer.profile.prices != layer.profile.slopes for layer in layers):
-        for layer in layers:
-            layer.has_whole_price = True
-        kept = max(kept, _fit(layers, weights - budget[0], fits), key=lambda kept: _squares(layers, kept))
+    kept = _choose(layers, weights - budget[0], fits)
     return {layer.name: layer.mask(count) for layer, count in zip(layers, kept)}
 
 
@@ -128,13 +116,8 @@ def lowest_share(
 
     Raises ValueError when the network has more zeros than the first level, and when a layer would lose all weights.
     """
-    layers = [_Layer(name, weight, profiles[name]) for name, weight in pruning.prunable(network, exclude).items()]
+    layers = _layers(network, levels, profiles, exclude)
     weights = sum(layer.size for layer in layers)
-    pruned, most = weights - sum(layer.available for layer in layers), weights - sum(layer.least for layer in layers)
-    if levels[0] < pruned:
-        raise ValueError(f"cannot have {levels[0]} zeros: {pruned} weights are zero already")
-    if levels[-1] > most:
-        raise ValueError(f"cannot have {levels[-1]} zeros: every layer keeps a weight, so at most {most}")
     return max(
         _cost(layers, _cheapest(layers, weights - zeros)) ** (1 / _steps(zeros, levels[-1], weights))
         for zeros in levels
@@ -142,16 +125,16 @@ def lowest_share(
 
 
 class _Layer:
-    """A layer's weights by falling magnitude, cut where the cost of one more weight changes."""
+    """A layer's weights by falling magnitude, and the pieces of its profile between the numbers that it may keep."""
 
     def __init__(self, name: str, weight: Tensor, profile: Profile):
         self.name, self.weight, self.profile = name, weight, profile
         self.size = weight.numel()
         self.available = self.size if weight.is_meta else int(weight.count_nonzero())
         self.least = min(1, self.available)
-        self.starts = [min(max(point, self.least), self.available) for point in profile.kept]
-        self.prices = profile.prices
-        self.has_whole_price = False  # whether the layer may be kept at what its weights cost together
+        inner = [point for point in profile.kept if self.least < point < self.available]
+        self.points = np.array(sorted({self.least, *inner, self.available}))
+        self.costs = np.interp(self.points, profile.kept, profile.cost)
 
     @cached_property
     def sorted(self) -> tuple[np.ndarray, Tensor]:
@@ -165,29 +148,42 @@ class _Layer:
         return np.concatenate([[0.0], np.cumsum(-self.sorted[0])])
 
     def count(self, price: float, threshold: float) -> int:
-        """How many weights to keep at this price of a unit of cost."""
-        kept = self.above(price, threshold)
-        if self.has_whole_price:
-            return max(kept, self.above(0.0, threshold), key=lambda count: self.value(count, price, threshold))
-        return kept
+        """How many weights are worth most, at this price of a unit of cost and with this threshold for each.
 
-    def value(self, kept: int, price: float, threshold: float) -> float:
-        """What so many of the largest weights are worth: their squares, less what they cost and displace."""
-        return self.squares[kept] - price * self.profile.at(kept) - threshold * kept
+        Within a piece of the profile these are the weights above the threshold and the price of one.
+        """
+        if len(self.points) < 2:
+            return int(self.points[0])
+        starts, slopes = self.points[:-1], np.diff(self.costs) / np.diff(self.points)
+        kept = np.searchsorted(self.sorted[0], -(threshold + price * slopes)).clip(starts, self.points[1:])
+        costs = self.costs[:-1] + slopes * (kept - starts)
+        return int(kept[np.argmax(self.squares[kept] - price * costs - threshold * kept)])
 
-    def above(self, price: float, threshold: float) -> int:
-        """How many weights are above the threshold, at this price of a unit of cost. Costs rise with the rank and
-        magnitudes fall, so these are the largest."""
-        for start, end, each in zip(self.starts, self.starts[1:], self.prices):
-            above = np.searchsorted(self.sorted[0][start:end], -(threshold + price * each))
-            if start + above < end:
-                return int(start + above)
-        return self.starts[-1]
+    def within(self, count: int, upwards: bool) -> "_Layer":
+        """The layer as if its profile had one piece, that above or below so many weights."""
+        layer = copy.copy(self)
+        piece = int(np.searchsorted(self.points[1:-1], count, "right" if upwards else "left"))
+        layer.points, layer.costs = self.points[piece : piece + 2], self.costs[piece : piece + 2]
+        return layer
 
     def mask(self, count: int) -> Tensor:
         kept = torch.zeros(self.size, dtype=torch.bool)
         kept[self.sorted[1][:count]] = True
         return kept.view(self.weight.shape)
+
+
+def _layers(
+    network: nn.Module, levels: Sequence[int], profiles: dict[str, Profile], exclude: Collection[str]
+) -> list[_Layer]:
+    """The layers that can be pruned to so many zeros, one level after the other; ValueError as in `lowest_share`."""
+    layers = [_Layer(name, weight, profiles[name]) for name, weight in pruning.prunable(network, exclude).items()]
+    weights = sum(layer.size for layer in layers)
+    pruned, most = weights - sum(layer.available for layer in layers), weights - sum(layer.least for layer in layers)
+    if levels[0] < pruned:
+        raise ValueError(f"cannot have {levels[0]} zeros: {pruned} weights are zero already")
+    if levels[-1] > most:
+        raise ValueError(f"cannot have {levels[-1]} zeros: every layer keeps a weight, so at most {most}")
+    return layers
 
 
 def _squares(layers: list[_Layer], kept: list[int]) -> float:
@@ -198,68 +194,99 @@ def _cost(layers: list[_Layer], kept: list[int]) -> float:
     return sum(layer.profile.at(count) for layer, count in zip(layers, kept))
 
 
-def _largest(layers: list[_Layer], keep: int, price: float) -> list[int]:
-    """How many weights each layer keeps when the `keep` highest of w^2 - price * cost are kept."""
+def _choose(layers: list[_Layer], keep: int, fits: Callable[[list[int]], bool]) -> list[int]:
+    """How many weights each layer keeps at the lowest price for which they fit; ValueError if none do."""
+    kept, prices = _fit(layers, keep, fits)
+    if all(len(layer.points) <= 2 for layer in layers):
+        return kept
+    for price in prices:  # inside the pieces where the layers are before and after a jump
+        for counts, upwards in zip(_around(layers, keep, price), (True, False)):
+            narrow = [layer.within(count, upwards) for layer, count in zip(layers, counts)]
+            possible = sum(layer.points[0] for layer in narrow) <= keep <= sum(layer.points[-1] for layer in narrow)
+            if possible and fits(_cheapest(narrow, keep)):
+                kept = max(kept, _fit(narrow, keep, fits)[0], key=lambda kept: _squares(layers, kept))
+    return kept
+
+
+def _fit(layers: list[_Layer], keep: int, fits: Callable[[list[int]], bool]) -> tuple[list[int], set[float]]:
+    """As `_choose`, where no layer jumps over a number of weights; and the prices between which it was found."""
+    too_much, cheapest = _filled(*_around(layers, keep, 0.0), keep), _cheapest(layers, keep)
+    if fits(too_much):
+        return too_much, {0.0}
+    if not fits(cheapest):
+        raise ValueError(f"{keep} weights cost at least {_cost(layers, cheapest):.4g}, which is too much")
+    whole = [int(layer.points[-1]) for layer in layers]
+    usual = _squares(layers, whole) / _cost(layers, whole)
+    fitting, low, high = cheapest, 0.0, 1.0  # the price over itself plus the usual one, up to an infinite price
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        kept = _filled(*_around(layers, keep, usual * middle / (1 - middle)), keep)
+        if fits(kept):
+            high, fitting = middle, max(fitting, kept, key=lambda kept: _squares(layers, kept))
+        else:
+            low, too_much = middle, kept
+    between = _between(layers, too_much, fitting, fits)
+    prices = {usual * part / (1 - part) for part in (low, high) if part < 1}
+    return max(fitting, between, key=lambda kept: _squares(layers, kept)), prices
+
+
+def _around(layers: list[_Layer], keep: int, price: float) -> tuple[list[int], list[int]]:
+    """How many weights each layer keeps above and below the threshold where the sum passes `keep`."""
     highest = max((float(-layer.sorted[0][0]) for layer in layers if layer.available), default=0.0)
-    low, high = -price * max(float(layer.prices[-1]) for layer in layers) - 1.0, highest + 1.0
+    steepest = max(float(max(np.diff(layer.costs) / np.diff(layer.points), default=0.0)) for layer in layers)
+    low, high = -price * steepest - 1.0, highest + 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if middle in (low, high):
             break
         kept = [layer.count(price, middle) for layer in layers]
         if sum(kept) == keep:
-            return kept
+            return kept, kept
         low, high = (middle, high) if sum(kept) > keep else (low, middle)
-    kept = [layer.count(price, high) for layer in layers]
-    for index, layer in enumerate(layers):  # ties at the threshold, by position
-        kept[index] += max(0, min(layer.count(price, low) - kept[index], keep - sum(kept)))
+    return [layer.count(price, high) for layer in layers], [layer.count(price, low) for layer in layers]
+
+
+def _filled(fewer: list[int], more: list[int], keep: int) -> list[int]:
+    """`fewer` with what is missing to `keep` from `more`, by position."""
+    kept = list(fewer)
+    for index, count in enumerate(more):
+        kept[index] += max(0, min(count - kept[index], keep - sum(kept)))
     return kept
 
 
 def _cheapest(layers: list[_Layer], keep: int, most: list[int] | None = None) -> list[int]:
-    """How many weights each layer keeps at the lowest cost, at most as many as `most` says."""
-    most = [layer.available for layer in layers] if most is None else most
-    kept = [min(layer.least, limit) for layer, limit in zip(layers, most)]
-    pieces = [
-        (price, index, min(end, most[index]) - min(start, most[index]))
-        for index, layer in enumerate(layers)
-        for start, end, price in zip(layer.starts, layer.starts[1:], layer.prices)
-    ]
+    """How many weights each layer keeps at a low cost, at most as many as `most` says.
+
+    The lowest where the costs of each layer are convex. Others are filled along the largest convex functions below.
+    """
+    most = [int(layer.points[-1]) for layer in layers] if most is None else most
+    kept = [min(int(layer.points[0]), limit) for layer, limit in zip(layers, most)]
+    pieces = []
+    for index, (layer, limit) in enumerate(zip(layers, most)):
+        points = np.unique(layer.points.clip(max=limit))
+        costs = np.interp(points, layer.profile.kept, layer.profile.cost)
+        start = 0
+        while start < len(points) - 1:
+            slopes = (costs[start + 1 :] - costs[start]) / (points[start + 1 :] - points[start])
+            end = start + 1 + int(np.argmin(slopes))
+            pieces.append((float(slopes.min()), index, int(points[end] - points[start])))
+            start = end
     left = keep - sum(kept)
     for _, index, size in sorted(pieces):
-        taken = min(size, left)
-        kept[index] += taken
-        left -= taken
+        if size > left:  # the last piece is not filled, so it may cost more for a weight than this function says
+            able = [i for i, count in enumerate(kept) if count + left <= most[i]]
+            costs = [layer.profile.at(count + left) - layer.profile.at(count) for layer, count in zip(layers, kept)]
+            kept[min(able, key=costs.__getitem__)] += left
+            break
+        kept[index] += size
+        left -= size
     return kept
 
 
-def _fit(layers: list[_Layer], keep: int, fits: Callable[[list[int]], bool]) -> list[int]:
-    """How many weights each layer keeps at the lowest price for which they fit."""
-    too_much = _largest(layers, keep, 0.0)
-    if fits(too_much):
-        return too_much
-    low, high = 0.0, 1.0
-    while not fits(fitting := _largest(layers, keep, high)):
-        low, high, too_much = high, 4 * high, fitting
-        if high > HIGHEST_PRICE:  # the magnitudes are lost in rounding
-            cheapest = _cheapest(layers, keep)
-            if not fits(cheapest):
-                raise ValueError(f"{keep} weights cost at least {_cost(layers, cheapest):.4g}, which is too much")
-            return _between(layers, too_much, cheapest, fits)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        kept = _largest(layers, keep, middle)
-        if fits(kept):
-            high, fitting = middle, kept
-        else:
-            low, too_much = middle, kept
-    return _between(layers, too_much, fitting, fits)
-
-
 def _between(layers: list[_Layer], costly: list[int], cheap: list[int], fits: Callable[[list[int]], bool]) -> list[int]:
-    """Of the choices between two that differ only in weights of equal score, the first that fits.
+    """Of the choices on a way between two, which may differ only in weights of equal score, the first that fits.
 
     One weight after the other is given up in the layers that keep more in `costly`, the most expensive first, for one
     in the layers that keep more in `cheap`.

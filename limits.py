@@ -45,9 +45,10 @@ class Limit:
             lowest = budgets.lowest_share(network, levels if self.each_level else levels[-1:], costs, exclude)
         except ValueError as error:
             raise Failure(f"argument --{self.flag}: {error}") from None
-        if not lowest <= self.asked / self.dense <= 1:
+        lowest, highest = lowest - budgets.ROUNDING, 1 + budgets.ROUNDING
+        if not lowest <= self.asked / self.dense <= highest:
             unit = 10 ** max(-4, math.floor(math.log10(self.dense)) - 5)  # at most six digits
-            least, most = math.ceil(lowest * self.dense / unit) * unit, math.floor(self.dense / unit) * unit
+            least, most = math.ceil(lowest * self.dense / unit) * unit, math.floor(highest * self.dense / unit) * unit
             sparsity = round(100 * levels[-1] / _weights(network, exclude), 3)
             limits = f"with {sparsity:g} % zeros it can be from {least:g} to {most:g}"
             raise Failure(f"argument --{self.flag}: {limits}, not {self.asked:g}")

@@ -8,7 +8,8 @@
     arch       the network
     image_size pixels of a side
     other_ms   what does not depend on the weights, for one image
-    layers     by name: `kept`, rising numbers of weights, the last one all of them; `ms`, the time with so many
+    layers     by name: `kept`, rising numbers of weights, the last one all of them; `ms`, the time with so many,
+               which must not fall
 """
 
 import hashlib
@@ -29,7 +30,6 @@ from utils import Failure, counted
 
 NAME = "profile.json"
 VERSION = 1
-PRICED = 0.25  # Above this density an engine may compute with all weights: then one more costs nothing.
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DeviceProfile:
         for name in names:
             kept, ms = self.layers[name]
             costs = [(constant + value) / self.dense_ms for value in (ms[0], *ms)]
-            found[f"{name}.weight"] = Profile((0, *kept), tuple(costs), prices(kept, np.array(ms) / self.dense_ms))
+            found[f"{name}.weight"] = Profile((0, *kept), tuple(costs))
             constant = 0.0
         return found
 
@@ -73,28 +73,6 @@ class DeviceProfile:
     def predicted(self, network: nn.Module) -> dict[str, Any]:
         """What the file of a network says about its time."""
         return {"predicted_ms": self.predict(network), "predicted_for": self.device}
-
-
-def prices(kept: list[int], cost: np.ndarray) -> tuple[float, ...]:
-    """What one more weight costs between 0 and the first of the points, and between each two: never less than before.
-
-    They are the slopes of the largest convex function below the points up to the density PRICED, and the last of
-    these slopes from there on.
-    """
-    count = max(2, sum(number <= PRICED * kept[-1] for number in kept))
-    hull: list[int] = []
-    for i in range(count):
-        while len(hull) > 1 and _slope(kept, cost, hull[-1], i) <= _slope(kept, cost, hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(i)
-    found = []
-    for start, end in itertools.pairwise(hull):
-        found += [max(0.0, _slope(kept, cost, start, end))] * (end - start)
-    return tuple(found[:1] + found + found[-1:] * (len(kept) - count))
-
-
-def _slope(kept: list[int], cost: np.ndarray, start: int, end: int) -> float:
-    return float((cost[end] - cost[start]) / (kept[end] - kept[start]))
 
 
 def read(path: Path, network: nn.Module, arch: str, image_size: int) -> DeviceProfile:
@@ -118,6 +96,7 @@ def read(path: Path, network: nn.Module, arch: str, image_size: int) -> DevicePr
         for kept, ms in profile.layers.values():
             good = good and len(kept) == len(ms) > 1 and all(type(number) is int for number in kept)
             good = good and kept[0] > 0 and all(a < b for a, b in itertools.pairwise(kept)) and _milliseconds(ms)
+            good = good and all(a <= b for a, b in itertools.pairwise(ms))
         good = good and profile.dense_ms > 0
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, IndexError):
         good = False

@@ -142,7 +142,9 @@ def in_file_name(most: float) -> Callable[[float], bool]:
 milliseconds = number(
     float, in_file_name(1e6), "a time in milliseconds from 0.0001 to below 1,000,000, with at most six digits"
 )
-share = number(float, in_file_name(1), "a share from 0.0001 to below 1, with at most six digits")
+share = number(
+    float, lambda value: value == 1 or in_file_name(1)(value), "a share from 0.0001 to 1, with at most six digits"
+)
 
 
 def directory(text: str) -> Path:

@@ -46,6 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threads > usable_processors():
         raise utils.Failure(f"argument --threads: {args.threads} on {usable_processors()} processors")
+    if args.out.name in ("", "..") or not args.out.parent.is_dir():
+        parser.error(f"argument --out: {args.out} is not the name of a file in a directory")
     return args
 
 
@@ -68,7 +70,11 @@ def read(directory: Path) -> list[dict]:
         raise utils.Failure(f"{path} is missing: python test.py --checkpoint-dir {directory} writes it")
     with open(path, newline="") as file:
         rows = [row | {"path": directory / row["file"]} for row in csv.DictReader(file)]
-    return [row for row in rows if row["mode"] in ("dense", "single") and row["control"] == "False"]
+    rows = [row for row in rows if row["mode"] in ("dense", "single") and row["control"] == "False"]
+    rows = [row for row in rows if row["file"].endswith(".pth")]  # packed files are copies
+    if not rows:
+        raise utils.Failure(f"{path} has no dense and no one-shot network")
+    return rows
 
 
 def measure(rows: list[dict], threads: int, rounds: int) -> None:
@@ -100,6 +106,7 @@ def summarize(rows: list[dict]) -> list[dict]:
     lines = []
     for same in groups.values():
         way = "dense" if same[0]["mode"] == "dense" else re.sub(r"[\d.]+$", "", same[0]["allocation"])
+        way += ", plain" * (same[0]["retrain"] == "plain")
         line = {"file": same[0]["file"], "way": way, "seeds": len(same)}
         line["accuracy margin"] = statistics.mean(float(row["accuracy_margin"]) for row in same)
         for column in ("sparsity", "accuracy", "drop", *AXES):

@@ -24,7 +24,7 @@ BAD = [
     (("-pr", "0.5", *ITER, "--rewind", "2"), "argument --rewind: 2 is not before the last of 2 epochs"),
     (("--macs", "0.5"), "--macs needs -pr and -shot"),
     (("--ms", "1.2"), "--ms needs -pr and -shot"),
-    (("-pr", "0.5", *SINGLE, "--macs", "1e-5"), "argument --macs: '1e-5' is not a share from 0.0001 to below 1"),
+    (("-pr", "0.5", *SINGLE, "--macs", "1e-5"), "argument --macs: '1e-5' is not a share from 0.0001 to 1"),
     (("-pr", "0.5", *SINGLE, "--ms", "0"), "argument --ms: '0' is not a time in milliseconds"),
     (("-pr", "0.5", *SINGLE, "--ms", "1.2345678"), "with at most six digits"),
     (("-pr", "0.5", *SINGLE, "--ms", "1", "--macs", "0.5"), "--macs and --ms exclude each other"),

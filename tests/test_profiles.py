@@ -40,18 +40,6 @@ def written(tmp_path) -> Path:
     return path
 
 
-def test_prices_never_fall_and_are_slopes_of_the_part_where_zeros_pay():
-    kept = [10, 100, 200, 250, 500, 1000]
-    straight = np.array([1.0, 10.0, 20.0, 25.0, 30.0, 30.0])  # from 250 on all weights are computed
-    assert profiles.prices(kept, straight) == pytest.approx([0.1] * 6)
-    convex = np.array([1.0, 2.0, 22.0, 42.0, 50.0, 50.0])
-    assert profiles.prices(kept, convex) == pytest.approx([1 / 90, 1 / 90, 0.2, 0.4, 0.4, 0.4])
-    noisy = np.array([1.0, 12.0, 18.0, 25.0, 30.0, 30.0])
-    assert profiles.prices(kept, noisy) == pytest.approx([17 / 190] * 3 + [0.14] * 3)
-    assert profiles.prices(kept, np.array([5.0, 4.0, 3.0, 2.0, 1.0, 1.0])) == (0.0,) * 6
-    assert profiles.prices([1, 2], np.array([1.0, 3.0])) == (2.0, 2.0)
-
-
 def test_the_prediction_is_read_off_the_profile(written):
     torch.manual_seed(0)
     network = models.build("resnet20", 2)
@@ -114,6 +102,7 @@ def test_a_time_is_kept_by_weights_that_are_cheaper_than_those_of_one_threshold(
         ({"layers": {"conv1": {"kept": [5, 5], "ms": [1.0, 2.0]}}}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [0, 5], "ms": [1.0, 2.0]}}}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [1, 5], "ms": [-1.0, 2.0]}}}, "is not a profile"),
+        ({"layers": {"conv1": {"kept": [1, 5], "ms": [2.0, 1.0]}}}, "is not a profile"),
         ({"layers": {"conv1": {"kept": ["a", "b"], "ms": [1.0, 2.0]}}}, "is not a profile"),
         ({"layers": {"conv1": {"kept": [1, 5], "ms": [1, 10**400]}}}, "is not a profile"),
         ({"other_ms": 10**400}, "is not a profile"),
@@ -208,6 +197,19 @@ def test_a_time_that_cannot_be_kept_is_refused_before_any_work(dense, tmp_path, 
     )
     for text, step, code in (found[1], 0, 0), (found[1], -digit, 2), (found[2], 0, 0), (found[2], digit, 2):
         assert call(*command, f"{float(text) + step:.6g}").returncode == code, (text, step)
+
+
+def test_the_time_of_the_dense_network_is_no_limit_that_is_refused(dense, tmp_path):
+    """Where layers take the same time with any number of weights, it is the only one that there is."""
+    _, line = dense
+    constant = invented()
+    for place, layer in enumerate(constant["layers"].values()):
+        layer["ms"] = [0.1 + 0.0123 * place] * len(layer["ms"])
+    (tmp_path / "constant.json").write_text(json.dumps(constant))
+    whole = constant["other_ms"] + sum(layer["ms"][0] for layer in constant["layers"].values())
+    line = (*line, "--profile", tmp_path / "constant.json", "--dry-run", "-pr", "0.8", "-shot", "single")
+    assert call("main.py", *line, "--ms", f"{whole:.6g}").returncode == 0
+    assert call("main.py", *line, "--ms", f"{1.001 * whole:.6g}").returncode == 2
 
 
 def test_a_dense_network_with_zeros_that_the_time_does_not_allow_is_refused_for_it(dense, tmp_path):

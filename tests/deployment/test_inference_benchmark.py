@@ -9,6 +9,9 @@ import pytest
 from conftest import SMALL, call, load_script, succeed
 from networks import one_thread  # noqa: F401 (an automatic fixture)
 
+import checkpoints
+from deployment import packing
+
 SCRIPT = "benchmarks/inference.py"
 
 
@@ -66,19 +69,26 @@ def test_accuracy_stands_beside_multiply_adds_and_time(images, tmp_path):
     directories = (tmp_path / "0", tmp_path / "1")
     for seed, folder in enumerate(directories):
         line = (*SMALL, "--dataset", images, "--checkpoint-dir", folder, "--seed", seed)
-        for flags in (), ("--macs", "0.3"):
+        for flags in (), ("--macs", "0.3"), ("--retrain", "plain"):
             succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--retrain-epochs", "1", *flags)
     done = call("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out.1")
     assert done.returncode == 2 and "results.csv is missing" in done.stderr
+    for name in ".", "..", tmp_path / "missing" / "out":
+        done = call("benchmarks/tradeoff.py", *directories, "--out", name)
+        assert done.returncode == 2 and "is not the name of a file in a directory" in done.stderr
+    packed = packing.pack(checkpoints.load_checkpoint(directories[0] / "50percent_single_ckpt.pth"))
+    (directories[0] / "50percent_single_ckpt.packed").write_bytes(packed)
     succeed("test.py", "--checkpoint-dir", *directories, "--dataset", images)
     succeed("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out.1", "--rounds", "1")
     rows, *results = (
         list(csv.DictReader(path.read_text().splitlines()))
         for path in (tmp_path / "out.1.csv", *(folder / "results.csv" for folder in directories))
     )
-    assert [(row["way"], row["seeds"]) for row in rows] == [("dense", "2"), ("global", "2"), ("macs", "2")]
+    ways = ["dense", "global", "macs", "global, plain"]
+    assert sorted((row["way"], row["seeds"]) for row in rows) == sorted((way, "2") for way in ways)
     for row in rows:
         same = [float(found["accuracy"]) for found in results[0] + results[1] if found["file"] == row["file"]]
         assert float(row["accuracy"]) == pytest.approx(sum(same) / 2) and float(row["ms"]) > 0
-    assert float(rows[2]["macs_left"]) <= 30 < float(rows[1]["macs_left"])
+    left = {row["way"]: float(row["macs_left"]) for row in rows}
+    assert left["macs"] <= 30 < left["global"]
     assert (tmp_path / "out.1.png").read_bytes().startswith(b"\x89PNG")
