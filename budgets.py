@@ -4,8 +4,8 @@ Global magnitude pruning spares the early layers, whose weights are multiplied m
 largest weights, as many as are worth most: their squares, less lambda times what they cost together, less a threshold
 for each. One lambda and one threshold hold for all layers. The threshold gives the number of zeros. lambda is found by
 bisection, the smallest for which the network fits the budget; lambda = 0 is global magnitude pruning. For the cost that
-it attains such a choice is optimal: no other with as many zeros and no higher cost removes less squared magnitude
-(Everett, Generalized Lagrange multiplier method, 1963). Every layer keeps its largest weight.
+it attains such a choice is optimal: of the masks that keep a weight in every layer, none with as many zeros and no
+higher cost removes less squared magnitude (Everett, Generalized Lagrange multiplier method, 1963).
 
 Where each weight of a layer costs the same, as with multiply-adds, that is one threshold over w^2 - lambda * cost. The
 time of a layer is another function of its weights: an engine computes a layer that kept many with all of them, and then

@@ -125,7 +125,7 @@ def figure(lines: list[dict]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    canvas, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
     ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
     for axes, (x, title) in zip(panels, AXES.items()):
         for dense in (line for line in lines if line["way"] == "dense"):
@@ -143,7 +143,9 @@ def figure(lines: list[dict]) -> bytes:
         axes.set(xlabel=title)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy (%)")
-    panels[0].legend()
+    canvas.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways) + 1, frameon=False
+    )
     image = io.BytesIO()
     canvas.savefig(image, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(canvas)
