@@ -135,6 +135,7 @@ class _Layer:
         inner = [point for point in profile.kept if self.least < point < self.available]
         self.points = np.array(sorted({self.least, *inner, self.available}))
         self.costs = np.interp(self.points, profile.kept, profile.cost)
+        self.slopes = np.diff(self.costs) / np.diff(self.points)
 
     @cached_property
     def sorted(self) -> tuple[np.ndarray, Tensor]:
@@ -154,9 +155,9 @@ class _Layer:
         """
         if len(self.points) < 2:
             return int(self.points[0])
-        starts, slopes = self.points[:-1], np.diff(self.costs) / np.diff(self.points)
-        kept = np.searchsorted(self.sorted[0], -(threshold + price * slopes)).clip(starts, self.points[1:])
-        costs = self.costs[:-1] + slopes * (kept - starts)
+        starts = self.points[:-1]
+        kept = np.searchsorted(self.sorted[0], -(threshold + price * self.slopes)).clip(starts, self.points[1:])
+        costs = self.costs[:-1] + self.slopes * (kept - starts)
         return int(kept[np.argmax(self.squares[kept] - price * costs - threshold * kept)])
 
     def within(self, count: int, upwards: bool) -> "_Layer":
@@ -164,6 +165,7 @@ class _Layer:
         layer = copy.copy(self)
         piece = int(np.searchsorted(self.points[1:-1], count, "right" if upwards else "left"))
         layer.points, layer.costs = self.points[piece : piece + 2], self.costs[piece : piece + 2]
+        layer.slopes = self.slopes[piece : piece + 1]
         return layer
 
     def mask(self, count: int) -> Tensor:
@@ -235,7 +237,7 @@ def _fit(layers: list[_Layer], keep: int, fits: Callable[[list[int]], bool]) -> 
 def _around(layers: list[_Layer], keep: int, price: float) -> tuple[list[int], list[int]]:
     """How many weights each layer keeps above and below the threshold where the sum passes `keep`."""
     highest = max((float(-layer.sorted[0][0]) for layer in layers if layer.available), default=0.0)
-    steepest = max(float(max(np.diff(layer.costs) / np.diff(layer.points), default=0.0)) for layer in layers)
+    steepest = max(float(max(layer.slopes, default=0.0)) for layer in layers)
     low, high = -price * steepest - 1.0, highest + 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

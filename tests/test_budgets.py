@@ -164,7 +164,8 @@ def every_choice(network: nn.Module, profiles: dict[str, Profile], keep: int) ->
         costs.append(np.array([profiles[name].at(kept + 1) for kept in range(len(squares))]))
     counts = np.indices([len(part) for part in costs]) + 1
     fits = counts.sum(0) == keep
-    return (sum(part[count[fits] - 1] for part, count in zip(values, counts)) for values in (costs, removed))
+    total, lost = (sum(part[count[fits] - 1] for part, count in zip(values, counts)) for values in (costs, removed))
+    return total, lost
 
 
 @pytest.mark.parametrize("seed", range(12))
