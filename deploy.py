@@ -11,7 +11,7 @@ network is timed in PyTorch, without its dead channels, and in the sparse engine
 network. The results go to deploy_files.csv, deploy_runtimes.csv and deploy.png. GPUs are not measured: unstructured
 zeros do not make them faster.
 
-Measured: ResNet18 at 90 % sparsity, 10.6 times smaller and 4.6 times faster than PyTorch fp32 at batch 1, 7.1 times if
+Measured: ResNet18 at 90 % sparsity, 10.6 times smaller and 4.5 times faster than PyTorch fp32 at batch 1, 7 times if
 it was pruned for speed (two cores of an AMD EPYC with AVX-512; docs/deployment.md has the command and all figures).
 """
 
