@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+import models
+import pruning
 import utils
 from models import torchvision_networks
 
@@ -87,6 +89,20 @@ def process(script: str, *arguments: object, **more) -> subprocess.CompletedProc
     line = [sys.executable, str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(line, capture_output=True, text=True, timeout=240, env=environment, **more)
+
+
+def invented_profile(arch: str = "resnet20", size: int = 16) -> dict:
+    """A profile in which the layers of a network differ by much in the time of a weight."""
+    network = models.build(arch, 2)
+    layers = {}
+    for place, (name, weight) in enumerate(pruning.prunable(network).items()):
+        kept = [max(1, weight.numel() // 100), weight.numel() // 5, weight.numel() // 2, weight.numel()]
+        each = 1e-5 * (1 + place % 7)
+        ms = [0.01 + each * kept[0], 0.01 + each * kept[1], 0.01 + each * kept[2], 0.01 + each * kept[2]]
+        layers[name.removesuffix(".weight")] = {"kept": kept, "ms": ms}
+    return {"profile": 1, "device": "a board", "threads": 1, "arch": arch, "image_size": size, "other_ms": 0.1} | {
+        "layers": layers
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:

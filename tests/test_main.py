@@ -314,31 +314,6 @@ def test_another_allocation_has_a_file_of_its_own(line, tmp_path):
     assert zeros["conv1.weight"][0] == zeros["linear.weight"][0] == 0
 
 
-@pytest.mark.parametrize("shot", ["single", "iter"])
-def test_a_budget_of_multiply_adds_is_kept_at_exact_sparsity(line, tmp_path, experiment, shot):
-    printed = succeed("main.py", *line, "-pr", "0.5", "-shot", shot, "--macs", "0.3")
-    name = f"50percent_{shot}_macs0.3_ckpt.pth"
-    network = checkpoints.build_network(checkpoints.load_checkpoint(tmp_path / name))
-    assert sum(zeros for zeros, _ in pruning.count_zeros(network).values()) == round(0.5 * WEIGHTS)
-    dense, left = (sum(column) for column in zip(*pruning.count_macs(network, 16).values()))
-    assert 0.29 < left / dense <= 0.3
-    assert f" ({100 * left / dense:.2f} %, at most 30 % asked)" in printed and printed.count("asked") == 1
-    free = checkpoints.build_network(checkpoints.load_checkpoint(experiment[0] / f"50percent_{shot}_ckpt.pth"))
-    assert sum(nonzero for _, nonzero in pruning.count_macs(free, 16).values()) > 0.4 * dense
-    images = line[line.index("--dataset") + 1]
-    printed = succeed("test.py", "--checkpoint-dir", tmp_path, "--dataset", images, "--device", "cpu")
-    assert f"{name}: {100 * left / dense:.2f} % of the MACs are left, at most 30 % asked" in printed
-
-
-def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(line):
-    done = call("main.py", *line, "-pr", "0.5", "-shot", "iter", "--macs", "0.05")
-    assert done.returncode == 2 and not done.stdout
-    assert re.search(r"^main.py: argument --macs: with 50 % zeros it can be from 0\.\d+ to 1, not 0.05$", done.stderr)
-    lowest = float(re.search(r"from (0\.\d+) to", done.stderr)[1])
-    assert call("main.py", *line, "-pr", "0.5", "-shot", "iter", "--macs", lowest, "--dry-run").returncode == 0
-    assert call("main.py", *line, "-pr", "0.5", "-shot", "iter", "--macs", lowest - 1e-3, "--dry-run").returncode == 2
-
-
 def test_held_out_images_are_measured_in_place_of_the_test_images(images, tmp_path):
     line = (*SMALL, "--dataset", images, "--checkpoint-dir", tmp_path)
     printed = succeed("main.py", *line, "--val-fraction", "0.25")

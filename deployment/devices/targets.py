@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def write_model(path: Path, checkpoint: dict, args: Namespace, dataset: data.Dat
         content = model_file.write(program, mean, std, names, rendering.background or "white")
     except ValueError as error:
         raise Failure(f"{path} cannot be a model file: {error}") from None
-    name = path.name.removesuffix(path.suffix).removesuffix("_ckpt")
+    name = re.sub(r"_ckpt(?=\.|$)", "", path.stem)
     (folder / f"{name}.model").write_bytes(content)
     accuracy = checkpoint.get("acc")
     return {

@@ -324,6 +324,16 @@ def test_deploy_writes_program_and_model(checkpoint, images, tmp_path):
     succeed("deploy.py", checkpoint, "--target", "x86_64-linux", "--out", out, "--dataset", images)  # once more
 
 
+def test_model_files_are_named_as_their_checkpoints(checkpoint, tmp_path):
+    content = packing.pack(checkpoints.load_checkpoint(checkpoint), "bf16")
+    names = "90percent_single_ckpt.bf16.packed", "90percent_single_macs0.15_ckpt.packed", "my_ckpts.packed"
+    for name in names:
+        (tmp_path / name).write_bytes(content)
+    succeed("deploy.py", *(tmp_path / name for name in names), "--target", "x86_64-linux", "--out", tmp_path / "out")
+    models = "90percent_single.bf16.model", "90percent_single_macs0.15.model", "my_ckpts.model"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*models, "classify"}
+
+
 def test_model_files_are_small():
     for name, (make, size) in NETWORKS.items():
         if name == "mobilenet_v2":
