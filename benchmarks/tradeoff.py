@@ -64,13 +64,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read(directory: Path) -> list[dict]:
-    """The one-shot and dense networks of a directory, from the report of test.py."""
+    """The dense network, the one-shot ones and their controls, from the report of test.py."""
     path = directory / "results.csv"
     if not path.is_file():
         raise utils.Failure(f"{path} is missing: python test.py --checkpoint-dir {directory} writes it")
     with open(path, newline="") as file:
         rows = [row | {"path": directory / row["file"]} for row in csv.DictReader(file)]
-    rows = [row for row in rows if row["mode"] in ("dense", "single") and row["control"] == "False"]
+    rows = [row for row in rows if row["mode"] in ("dense", "single")]
     rows = [row for row in rows if row["file"].endswith(".pth")]  # packed files are copies
     if not rows:
         raise utils.Failure(f"{path} has no dense and no one-shot network")
@@ -105,7 +105,8 @@ def summarize(rows: list[dict]) -> list[dict]:
         groups[row["file"]].append(row)
     lines = []
     for same in groups.values():
-        way = "dense" if same[0]["mode"] == "dense" else re.sub(r"[\d.]+$", "", same[0]["allocation"])
+        way = re.sub(r"[\d.]+$", "", same[0]["allocation"])
+        way = "dense" if same[0]["mode"] == "dense" else "control" if same[0]["control"] == "True" else way
         way += ", plain" * (same[0]["retrain"] == "plain")
         line = {"file": same[0]["file"], "way": way, "seeds": len(same)}
         line["accuracy margin"] = statistics.mean(float(row["accuracy_margin"]) for row in same)
@@ -126,12 +127,15 @@ def figure(lines: list[dict]) -> bytes:
     from matplotlib import pyplot
 
     canvas, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-    ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
+    level = [line for line in lines if line["way"].startswith(("dense", "control"))]
+    pruned = [line for line in lines if line not in level]
+    ways = list(dict.fromkeys(line["way"] for line in pruned))
     for axes, (x, title) in zip(panels, AXES.items()):
-        for dense in (line for line in lines if line["way"] == "dense"):
-            axes.axhline(dense["accuracy"], color="0.4", linestyle="--", label=f"dense, {dense['accuracy']:.2f} %")
+        for line, style in zip(level, ("--", ":", "-.")):
+            label = f"{line['way']}, {line['accuracy']:.2f} %"
+            axes.axhline(line["accuracy"], color="0.4", linestyle=style, label=label)
         for color, way in enumerate(ways):
-            mine = sorted((line for line in lines if line["way"] == way), key=lambda line: line[x])
+            mine = sorted((line for line in pruned if line["way"] == way), key=lambda line: line[x])
             xs, ys, bars = zip(
                 *((line[x], line["accuracy"], line["accuracy std"] or line["accuracy margin"]) for line in mine)
             )
@@ -144,7 +148,7 @@ def figure(lines: list[dict]) -> bytes:
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy (%)")
     canvas.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways) + 1, frameon=False
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways) + len(level), frameon=False
     )
     image = io.BytesIO()
     canvas.savefig(image, format="png", dpi=150, metadata={"Software": None})

@@ -69,7 +69,7 @@ def test_accuracy_stands_beside_multiply_adds_and_time(images, tmp_path):
     directories = (tmp_path / "0", tmp_path / "1")
     for seed, folder in enumerate(directories):
         line = (*SMALL, "--dataset", images, "--checkpoint-dir", folder, "--seed", seed)
-        for flags in (), ("--macs", "0.3"), ("--retrain", "plain"):
+        for flags in ("--control",), ("--macs", "0.3"), ("--retrain", "plain"):
             succeed("main.py", *line, "-pr", "0.5", "-shot", "single", "--retrain-epochs", "1", *flags)
     done = call("benchmarks/tradeoff.py", *directories, "--out", tmp_path / "out.1")
     assert done.returncode == 2 and "results.csv is missing" in done.stderr
@@ -84,7 +84,7 @@ def test_accuracy_stands_beside_multiply_adds_and_time(images, tmp_path):
         list(csv.DictReader(path.read_text().splitlines()))
         for path in (tmp_path / "out.1.csv", *(folder / "results.csv" for folder in directories))
     )
-    ways = ["dense", "global", "macs", "global, plain"]
+    ways = ["dense", "control", "global", "macs", "global, plain"]
     assert sorted((row["way"], row["seeds"]) for row in rows) == sorted((way, "2") for way in ways)
     for row in rows:
         same = [float(found["accuracy"]) for found in results[0] + results[1] if found["file"] == row["file"]]
