@@ -10,7 +10,9 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -18,14 +20,23 @@ import checkpoints
 from data import Dataset
 from utils import Failure
 
-SOURCES = ("*.py", "formats/*.py", "images/*.py", "models/*.py")  # what a measurement may depend on
+HERE = Path(__file__).resolve().parent
+SOURCES = ("*.py", "formats/*.py", "images/*.py", "models/*.py")
+
+
+def sources() -> list[Path]:
+    """What a measurement may depend on: test.py, and what it imports. Imports stand at the top of each module."""
+    modules = [vars(module) for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    files = [module["__file__"] for module in modules if module.get("__file__")]
+    loaded = {HERE / "test.py", *(Path(file).resolve() for file in files)}
+    return sorted(path for pattern in SOURCES for path in HERE.glob(pattern) if path in loaded)
 
 
 @functools.cache
 def program() -> str:
-    """A digest of this program's sources and PyTorch's version: another version measures anew."""
-    sha, here = hashlib.sha256(torch.__version__.encode()), Path(__file__).parent
-    for path in sorted(path for pattern in SOURCES for path in here.glob(pattern)):
+    """A digest of these sources and PyTorch's version: another version measures anew."""
+    sha = hashlib.sha256(torch.__version__.encode())
+    for path in sources():
         sha.update(path.read_bytes())
     return sha.hexdigest()
 

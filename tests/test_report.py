@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, SMALL_PRUNING, call, succeed
+from conftest import ROOT, SMALL, SMALL_PRUNING, call, succeed
 
 import checkpoints
 import data
@@ -306,6 +308,15 @@ def test_what_was_measured_is_not_measured_again(folder, images, measured, tmp_p
     checkpoints.save(folder / "50percent_single_ckpt.pth", checkpoint)
     succeed(*line)
     assert len(measured) == 3 * files + 1
+
+
+def test_a_measurement_depends_on_the_sources_that_test_py_loads():
+    script = "import runpy; runpy.run_path('test.py'); import measurements as m; print(*m.sources(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {Path(line).relative_to(ROOT.resolve()).as_posix() for line in done.stdout.splitlines()}
+    assert {"test.py", "engine.py", "data.py", "pruning.py", "checkpoints.py", "models/resnet.py"} < names
+    assert {"formats/packed.py", "formats/foreign.py", "images/cifar.py", "images/folders.py"} < names
+    assert not names & {"main.py", "deploy.py"}
 
 
 def test_other_images_are_measured_anew(folder, images, measured, tmp_path):
