@@ -105,8 +105,12 @@ def summarize(rows: list[dict]) -> list[dict]:
         groups[row["file"]].append(row)
     lines = []
     for same in groups.values():
-        way = re.sub(r"[\d.]+$", "", same[0]["allocation"])
-        way = "dense" if same[0]["mode"] == "dense" else "control" if same[0]["control"] == "True" else way
+        if same[0]["mode"] == "dense":
+            way = "dense"
+        elif same[0]["control"] == "True":
+            way = "control"
+        else:
+            way = re.sub(r"[\d.]+$", "", same[0]["allocation"])
         way += ", plain" * (same[0]["retrain"] == "plain")
         line = {"file": same[0]["file"], "way": way, "seeds": len(same)}
         line["accuracy margin"] = statistics.mean(float(row["accuracy_margin"]) for row in same)
@@ -127,11 +131,11 @@ def figure(lines: list[dict]) -> bytes:
     from matplotlib import pyplot
 
     canvas, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-    level = [line for line in lines if line["way"].startswith(("dense", "control"))]
-    pruned = [line for line in lines if line not in level]
+    baselines = [line for line in lines if line["way"].startswith(("dense", "control"))]
+    pruned = [line for line in lines if line not in baselines]
     ways = list(dict.fromkeys(line["way"] for line in pruned))
     for axes, (x, title) in zip(panels, AXES.items()):
-        for line, style in zip(level, ("--", ":", "-.")):
+        for line, style in zip(baselines, ("--", ":", "-.")):
             label = f"{line['way']}, {line['accuracy']:.2f} %"
             axes.axhline(line["accuracy"], color="0.4", linestyle=style, label=label)
         for color, way in enumerate(ways):
@@ -148,7 +152,10 @@ def figure(lines: list[dict]) -> bytes:
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy (%)")
     canvas.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways) + len(level), frameon=False
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(ways) + len(baselines),
+        frameon=False,
     )
     image = io.BytesIO()
     canvas.savefig(image, format="png", dpi=150, metadata={"Software": None})
