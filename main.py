@@ -244,6 +244,8 @@ def make(run: Run, stage: Stage, targets: list[Stage]) -> None:
     fresh = models.build(args.arch, len(run.images.classes)) if parent is None else checkpoints.build_network(parent)
     network = engine.to_device(fresh, run.device)
     state = directory.load_state(stage, network, len(run.train_batches))
+    if state:
+        print(f"{stage.name}: resumes after {state['epoch']} of {utils.counted(stage.epochs, 'epoch')}")
     recipe, masks, pruned_acc = stage.recipe, {}, None
     if parent is not None:
         exclude = stage.settings["exclude"].split()

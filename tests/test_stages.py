@@ -264,8 +264,10 @@ def test_a_signal_stops_the_run_after_the_current_step(setting, tmp_path, monkey
     assert done.returncode == 143
     assert done.stderr.startswith("main.py: stopped in ") and done.stderr.endswith("; the same command resumes\n")
     assert done.stderr.count("\n") == 1
-    assert len(list((tmp_path / "resume").iterdir())) == 1
-    succeed("main.py", *command, "-r")  # accepted, and not needed
+    (state,) = (tmp_path / "resume").iterdir()
+    epochs = checkpoints.load(state)["state"]["epoch"]
+    printed = succeed("main.py", *command, "-r")  # accepted, and not needed
+    assert printed.count(": resumes after ") == printed.count(f": resumes after {epochs} of ") == 1
     assert contents(tmp_path) == without(whole, "control", "rewind")
     assert leftovers(tmp_path) == []
 
