@@ -1,17 +1,15 @@
-"""Time a network in a browser: the pruned one in the engine against the dense one in onnxruntime-web, one thread each.
+"""Time networks in a browser: each in the engine and in onnxruntime-web, one thread each.
 
     npm install onnxruntime-web
-    python benchmarks/browser.py node_modules/onnxruntime-web/dist --out results/browser_resnet18.csv
+    python benchmarks/browser.py node_modules/onnxruntime-web/dist checkpoint/ckpt.pth checkpoint/90percent_*_ckpt.pth
 
-Both are WebAssembly with SIMD, in the same page of the same headless Chromium, one image at a time, in turn. The zeros
-are the smallest weights of a network with random weights: time does not depend on their values.
+Both are WebAssembly with SIMD, in the same page of the same headless Chromium, one image at a time, in turn. Times are
+compared with those of the first network in onnxruntime-web.
 """
 
 import argparse
-import csv
 import functools
 import http.server
-import io
 import shutil
 import statistics
 import sys
@@ -22,12 +20,13 @@ from pathlib import Path
 import torch
 from playwright.sync_api import Page, sync_playwright
 from torch import nn
-from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoints
-import models
+import pruning
+import report
+import utils
 from deployment import model_file
 from deployment.devices import targets
 from deployment.graph import lower
@@ -35,7 +34,7 @@ from deployment.runtimes import export_onnx
 from deployment.simplification import without_dead_channels
 
 ROUND = 200  # milliseconds of calls in a round of one runtime
-START = """async ({ networks }) => {
+START = """async (count) => {
     const ort = await import("/ort/ort.wasm.min.mjs");
     ort.env.wasm.numThreads = 1;
     ort.env.wasm.wasmPaths = "/ort/";
@@ -45,7 +44,7 @@ START = """async ({ networks }) => {
     const pixels = await bytes("pixels"), floats = new Float32Array(pixels.buffer), size = Math.sqrt(floats.length / 3);
     const input = engine.malloc(pixels.length), output = engine.malloc(4096);
     window.runtimes = {};
-    for (const name of networks) {
+    for (let name = 0; name < count; name++) {
         const options = { executionProviders: ["wasm"] };
         const session = await ort.InferenceSession.create(await bytes(`${name}.onnx`), options);
         runtimes[`onnxruntime-web ${name}`] = async () => {
@@ -73,50 +72,42 @@ TIME = """async ([name, milliseconds]) => {
 }"""
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time a network in a browser, against onnxruntime-web.")
-    parser.add_argument("ort", type=Path, metavar="DIR", help="dist/ of the package onnxruntime-web")
-    parser.add_argument("--arch", default="resnet18", choices=models.ARCHITECTURES)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.75, 0.9, 0.98])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser")
-    parser.add_argument("--out", type=Path, help="a CSV file")
-    return parser.parse_args()
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = utils.Parser(description="Time networks in a browser, in the engine and in onnxruntime-web.")
+    parser.add_argument("ort", type=Path, metavar="DIST", help="dist/ of the package onnxruntime-web")
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="files of main.py, or packed")
+    parser.add_argument("--rounds", type=utils.count, default=11, metavar="N", help="how often each is measured")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table to FILE")
+    args = parser.parse_args(argv)
+    if not (args.ort / "ort.wasm.min.mjs").is_file():
+        raise utils.Failure(f"{args.ort} has no ort.wasm.min.mjs: npm install onnxruntime-web, then give its dist/")
+    return args
 
 
-def write_files(folder: Path, args: argparse.Namespace) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Write both forms of each network, and an image; returns PyTorch's logits by name."""
-    torch.manual_seed(0)
-    pixels = torch.randn(1, 3, args.image_size, args.image_size)
-    logits = {}
-    for sparsity in args.sparsity:
-        network = models.build(args.arch, 10).eval()
-        layers = [(m, "weight") for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        prune.global_unstructured(layers, prune.L1Unstructured, amount=sparsity)
-        for layer, name in layers:
-            prune.remove(layer, name)
-        name = f"{100 * sparsity:g} %"
-        program = lower(network, args.image_size)
+def write_files(folder: Path, ort: Path, networks: list[nn.Module], size: int) -> list[torch.Tensor]:
+    """Write both forms of each network, and an image; returns the logits of PyTorch."""
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for name, network in enumerate(networks):
+        program = lower(network, size)
         (folder / f"{name}.onnx").write_bytes(export_onnx(network, program, {}))
         (folder / f"{name}.model").write_bytes(model_file.write(without_dead_channels(program)))
-        with torch.no_grad():
-            logits[name] = network(pixels)[0]
     (folder / "pixels").write_bytes(pixels.numpy().tobytes())
     (folder / "index.html").write_text("<!doctype html><title>benchmark</title>")
     shutil.copyfile(targets.compile_for("web"), folder / "engine.wasm")
-    (folder / "ort").symlink_to(args.ort.resolve())
-    return logits, pixels
+    (folder / "ort").symlink_to(ort.resolve())
+    with torch.no_grad():
+        return [network(pixels)[0] for network in networks]
 
 
-def measure(page: Page, logits: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
+def measure(page: Page, logits: list[torch.Tensor], rounds: int) -> dict[str, list[float]]:
     """Milliseconds an image of each runtime, by round, after its logits were compared with PyTorch's."""
     times: dict[str, list[float]] = {}
     for name in page.evaluate("() => Object.keys(runtimes)"):
         found = torch.tensor(page.evaluate("name => runtimes[name]()", name))
-        expected = logits[name.split(" ", 1)[1]]
+        expected = logits[int(name.split()[1])]
         error = float((found - expected).abs().max() / expected.abs().max())
-        assert error < 1e-4, (name, error)
+        if not error < 1e-4:
+            raise utils.Failure(f"the logits of {name} differ from PyTorch's by {error:.1e} of the largest", code=1)
         times[name] = []
         page.evaluate(TIME, [name, 3 * ROUND])  # browsers compile in haste, and then once more
     for _ in range(rounds):
@@ -130,38 +121,41 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    found = {path: checkpoints.load_checkpoint(path) for path in args.checkpoints}
+    networks = [checkpoints.build_network(checkpoint).eval() for checkpoint in found.values()]
+    size = next(iter(found.values())).get("settings", {}).get("image_size", 32)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        raise utils.Failure("networks are timed in Chromium: apt install chromium")
     with tempfile.TemporaryDirectory() as temporary, sync_playwright() as driver:
-        logits, _ = write_files(Path(temporary), args)
+        logits = write_files(Path(temporary), args.ort, networks, size)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=temporary))
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{server.server_port}/")
-        version = page.evaluate(START, {"networks": list(logits)})
+        version = page.evaluate(START, len(networks))
         times = measure(page, logits, args.rounds)
         title = f"Chromium {browser.version}, onnxruntime-web {version}"
         browser.close()
         server.shutdown()
-    reference = statistics.median(times[f"onnxruntime-web {next(iter(logits))}"])
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["runtime", "zeros", "ms", "ms_first_decile", "ms_last_decile", "times_faster", "arch", "versions"])
+    rows = []
+    reference = statistics.median(times["onnxruntime-web 0"])
     for name, values in times.items():
-        ordered, tenth = sorted(values), len(values) // 10
-        median = statistics.median(values)
-        runtime, zeros = name.split(" ", 1)
-        spread = ordered[tenth], ordered[-1 - tenth]
-        print(
-            f"{runtime:16} {zeros:>6} {median:8.2f} ms ({spread[0]:.2f} to {spread[1]:.2f}) {reference / median:6.2f}"
-        )
-        figures = [f"{median:.3f}", *(f"{value:.3f}" for value in spread), f"{reference / median:.2f}"]
-        writer.writerow([runtime, zeros, *figures, f"{args.arch} {args.image_size}x{args.image_size}", title])
+        runtime, network = name.split()
+        path, ordered, tenth = args.checkpoints[int(network)], sorted(values), len(values) // 10
+        first, median, last = ordered[tenth], statistics.median(values), ordered[-1 - tenth]
+        zeros, faster = 100 * pruning.sparsity(networks[int(network)]), reference / median
+        print(f"{runtime:16} {path}, {zeros:.1f} % zeros: {median:.2f} ms ({first:.2f} to {last:.2f}), {faster:.2f}")
+        row = {"runtime": runtime, "checkpoint": path.name, "sparsity": f"{zeros:.2f}", "ms": f"{median:.3f}"}
+        row |= {"ms_first_decile": f"{first:.3f}", "ms_last_decile": f"{last:.3f}", "times_faster": f"{faster:.2f}"}
+        rows.append(row | {"versions": title})
     print(title)
     if args.out:
-        checkpoints.write(args.out, table.getvalue().encode())
+        report.write_csv(args.out, rows)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run(main)

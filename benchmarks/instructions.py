@@ -1,101 +1,83 @@
 """Count the instructions that an ARM or RISC-V processor executes for an image, dense and pruned, under qemu.
 
-    python benchmarks/instructions.py --target aarch64-linux --out results/instructions_resnet20.csv
+    python benchmarks/instructions.py checkpoint/ckpt.pth checkpoint/90percent_single_ckpt.pth
 
 These are instructions, not time: caches, and how many instructions a processor starts at once, do not count. qemu
-writes a line for each instruction, so that a count takes minutes. A program classifies two images, then one; the
-difference, halved, because it computes each image twice, is one image with a little reading and printing. The zeros
-are the smallest weights of a network with random weights.
+writes a line for each instruction, about a million lines a second, so that a dense ResNet18 takes half an hour. A
+program classifies two images, then one; the difference, halved, because it computes each image twice, is one image with
+a little reading and printing.
 """
 
 import argparse
-import csv
-import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
-from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoints
-import models
+import pruning
+import report
+import utils
 from deployment import model_file
 from deployment.devices import targets
 from deployment.graph import lower
 from deployment.simplification import without_dead_channels
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Count the instructions of an image under qemu.")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = utils.Parser(description="Count the instructions of an image under qemu.")
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="files of main.py, or packed")
     parser.add_argument("--target", default="aarch64-linux", choices=("aarch64-linux", "arm-linux", "riscv64-linux"))
-    parser.add_argument("--arch", default="resnet20", choices=models.ARCHITECTURES)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.9])
-    parser.add_argument("--out", type=Path, help="a CSV file")
-    return parser.parse_args()
-
-
-def write_model(path: Path, arch: str, size: int, sparsity: float) -> None:
-    torch.manual_seed(0)
-    network = models.build(arch, 10).eval()
-    layers = [(m, "weight") for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    prune.global_unstructured(layers, prune.L1Unstructured, amount=sparsity)
-    for layer, name in layers:
-        prune.remove(layer, name)
-    path.write_bytes(model_file.write(without_dead_channels(lower(network, size))))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table to FILE")
+    return parser.parse_args(argv)
 
 
 def count(target: str, *arguments: object) -> int:
     """The instructions of a run of `classify`, as lines of qemu's log, which goes through a pipe."""
     emulator = shutil.which(f"qemu-{target.split('-')[0]}-static")
     if not emulator:
-        raise SystemExit("qemu-user-static is not installed")
+        raise utils.Failure("instructions are counted by qemu: apt install qemu-user-static")
     with tempfile.TemporaryDirectory() as temporary:
-        log, lines = Path(temporary) / "log", [0]
+        log = Path(temporary) / "log"
         os.mkfifo(log)
-
-        def read() -> None:
-            with open(log, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    lines[0] += chunk.count(b"\nTrace ")
-
-        reader = threading.Thread(target=read)
-        reader.start()
         command = [emulator, "-singlestep", "-d", "exec,nochain", "-D", log, targets.compile_for(target)]
-        subprocess.run([*command, *map(str, arguments), "--threads", "1"], check=True, capture_output=True)
-        reader.join()
-    return lines[0]
+        with subprocess.Popen(["grep", "-c", "^Trace ", log], stdout=subprocess.PIPE, text=True) as counter:
+            command += [*map(str, arguments), "--threads", "1"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            lines = counter.communicate()[0]
+    if done.returncode:
+        raise utils.Failure(f"{emulator} ended with exit code {done.returncode}: {done.stderr}", code=1)
+    return int(lines)
 
 
-def main() -> None:
-    args = parse_args()
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["target", "arch", "image_size", "zeros", "instructions_per_image", "times_fewer"])
-    first = 0.0
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    found = {path: checkpoints.load_checkpoint(path) for path in args.checkpoints}
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as temporary:
         model, image = Path(temporary) / "network.model", Path(temporary) / "image.png"
-        size = args.image_size
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)).save(image)
-        for sparsity in args.sparsity:
-            write_model(model, args.arch, size, sparsity)
-            each = (count(args.target, model, image, image) - count(args.target, model, image)) / 2
-            first = first or each
-            print(f"{args.target}, {args.arch}, {sparsity:.0%} zeros: {each:,.0f} instructions, {first / each:.2f}")
-            writer.writerow([args.target, args.arch, size, sparsity, round(each), f"{first / each:.2f}"])
+        for path, checkpoint in found.items():
+            size = checkpoint.get("settings", {}).get("image_size", 32)
+            network = checkpoints.build_network(checkpoint).eval()
+            model.write_bytes(model_file.write(without_dead_channels(lower(network, size))))
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)).save(image)
+            each = round((count(args.target, model, image, image) - count(args.target, model, image)) / 2)
+            fewer = (rows[0]["instructions_per_image"] if rows else each) / each
+            zeros = 100 * pruning.sparsity(network)
+            print(f"{args.target}, {path}, {zeros:.1f} % zeros: {each:,} instructions, {fewer:.2f} times fewer")
+            row = {"target": args.target, "checkpoint": path.name, "arch": checkpoint["arch"], "image_size": size}
+            row |= {"sparsity": f"{zeros:.2f}", "instructions_per_image": each, "times_fewer": f"{fewer:.2f}"}
+            rows.append(row)
     if args.out:
-        checkpoints.write(args.out, table.getvalue().encode())
+        report.write_csv(args.out, rows)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run(main)

@@ -1,4 +1,4 @@
-"""benchmarks/inference.py measures every runtime on every network; benchmarks/tradeoff.py what each mask costs."""
+"""The benchmarks of inference measure what they say, and refuse bad input."""
 
 import csv
 import multiprocessing
@@ -92,3 +92,22 @@ def test_accuracy_stands_beside_multiply_adds_and_time(images, tmp_path):
     left = {row["way"]: float(row["macs_left"]) for row in rows}
     assert left["macs"] <= 30 < left["global"]
     assert (tmp_path / "out.1.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "name, more, reason",
+    [
+        ("instructions", [], "ckpt.pth"),
+        ("browser", ["."], "has no ort.wasm.min.mjs"),
+        ("browser", ["dist"], "ckpt.pth"),
+    ],
+)
+def test_bad_input_gets_one_line(tmp_path, name, more, reason):
+    pytest.importorskip("playwright")
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist/ort.wasm.min.mjs").touch()
+    (tmp_path / "ckpt.pth").write_text("no checkpoint")
+    arguments = [*(tmp_path / folder for folder in more), tmp_path / "ckpt.pth"]
+    done = call(f"benchmarks/{name}.py", *arguments, "--out", tmp_path / "out.csv")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and reason in done.stderr, done.stderr
+    assert not (tmp_path / "out.csv").exists()
