@@ -130,7 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     if not chromium:
         raise utils.Failure("networks are timed in Chromium: apt install chromium")
     with tempfile.TemporaryDirectory() as temporary, sync_playwright() as driver:
-        logits = write_files(Path(temporary), args.ort, networks, size)
+        try:
+            logits = write_files(Path(temporary), args.ort, networks, size)
+        except ValueError as error:
+            raise utils.Failure(f"a network cannot be a model file: {error}") from None
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=temporary))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -145,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = statistics.median(times["onnxruntime-web 0"])
     for name, values in times.items():
         runtime, network = name.split()
-        path, ordered, tenth = args.checkpoints[int(network)], sorted(values), len(values) // 10
+        path, ordered, tenth = list(found)[int(network)], sorted(values), len(values) // 10
         first, median, last = ordered[tenth], statistics.median(values), ordered[-1 - tenth]
         zeros, faster = 100 * pruning.sparsity(networks[int(network)]), reference / median
         print(f"{runtime:16} {path}, {zeros:.1f} % zeros: {median:.2f} ms ({first:.2f} to {last:.2f}), {faster:.2f}")

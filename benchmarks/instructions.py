@@ -66,7 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         for path, checkpoint in found.items():
             size = checkpoint.get("settings", {}).get("image_size", 32)
             network = checkpoints.build_network(checkpoint).eval()
-            model.write_bytes(model_file.write(without_dead_channels(lower(network, size))))
+            try:
+                model.write_bytes(model_file.write(without_dead_channels(lower(network, size))))
+            except ValueError as error:
+                raise utils.Failure(f"{path} cannot be a model file: {error}") from None
             Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)).save(image)
             each = round((count(args.target, model, image, image) - count(args.target, model, image)) / 2)
             fewer = (rows[0]["instructions_per_image"] if rows else each) / each

@@ -10,7 +10,7 @@ from conftest import SMALL, call, load_script, succeed
 from networks import one_thread  # noqa: F401 (an automatic fixture)
 
 import checkpoints
-from deployment import packing
+from deployment import graph, packing
 
 SCRIPT = "benchmarks/inference.py"
 
@@ -111,3 +111,13 @@ def test_bad_input_gets_one_line(tmp_path, name, more, reason):
     done = call(f"benchmarks/{name}.py", *arguments, "--out", tmp_path / "out.csv")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and reason in done.stderr, done.stderr
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_network_that_cannot_be_a_model_file_gets_one_line(trained, monkeypatch):
+    def refuse(*_arguments):
+        raise ValueError("stem.0 is unknown")
+
+    monkeypatch.setattr(graph, "lower", refuse)
+    done = call("benchmarks/instructions.py", trained)
+    reason = f"{trained} cannot be a model file: stem.0 is unknown"
+    assert done.returncode == 2 and done.stderr == f"instructions.py: {reason}\n"
