@@ -121,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=utils.seed, default=0, help="seed of initial weights, image order and augmentation")
     images = utils.add_data_arguments(parser, "cifar10", 32)
     images.add_argument("--no-flip", action="store_true", help="never mirror training images: for letters and digits")
-    utils.add_device_arguments(parser, "number format of training; auto is bf16 where the hardware has it, else fp32")
+    utils.add_device_arguments(parser, "number format of training; auto is bf16 where it is faster, else fp32")
     add = parser.add_argument_group("files").add_argument
     add("--checkpoint-dir", type=utils.directory, default=Path("checkpoint"), metavar="DIR", help="where results go")
     add("-r", "--resume", action="store_true", help="accepted and not needed: the same command always resumes")

@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=utils.count, metavar="N", help="(default: 5, quick: 2)")
     parser.add_argument("--no-growth", action="store_true", help="do not measure how the cost grows")
     utils.add_data_arguments(parser, None, 32)
-    utils.add_device_arguments(parser, "of our loop; auto is bf16 where the processor supports it")
+    utils.add_device_arguments(parser, "of our loop; auto is bf16 where it is faster, else fp32")
     return parser.parse_args(argv)
 
 

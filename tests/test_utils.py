@@ -153,11 +153,29 @@ def test_other_devices_are_refused_in_a_short_line(name):
         ("bf16", False, torch.bfloat16),
     ],
 )
-def test_the_type_is_what_the_processor_has_unless_it_is_given(precision, hardware, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": hardware}, raising=False)
+def test_the_type_is_what_the_processor_has_unless_it_is_given(precision, hardware, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags : fpu amx_bf16" if hardware else "flags : fpu")
     assert utils.choose_dtype(precision, CPU) == dtype
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_more: hardware)
     assert utils.choose_dtype(precision, torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "dtype"),
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n", torch.bfloat16),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f\n", torch.float32),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16\n", torch.float32),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16\n", torch.bfloat16),
+        (None, torch.float32),
+    ],
+)
+def test_auto_is_bf16_only_where_the_processor_is_faster_in_it(cpuinfo, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(utils, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert utils.choose_dtype("auto", CPU) == dtype
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is kept on Linux")
