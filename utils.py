@@ -282,7 +282,7 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type in which training computes convolutions and matrix products; weights are always fp32.
 
-    `auto` is bfloat16 where the processor multiplies it faster than fp32, as far as is known of it.
+    `auto` is bfloat16 where the processor is known to multiply it faster than fp32.
     """
     if precision == "auto":
         cuda = device.type == "cuda"
